@@ -1,0 +1,259 @@
+// The engine behind forward and grad_input: every result element gathers its taps.
+#ifndef JAX_DWSCONV_CPU_GATHER_H_
+#define JAX_DWSCONV_CPU_GATHER_H_
+
+#include "cpu/axis.h"
+#include "cpu/filter.h"
+#include "cpu/parallel.h"
+#include "cpu/staged_columns.h"
+#include "cuda/problem.h"
+
+namespace dwsconv::cpu::DWSCONV_ISA {
+
+constexpr int64_t kMacsPerTask = 1 << 17;  // below this a task costs less than handing it to another thread
+
+// result[c] sums, over f < fold, filter[c * fold + f] times source[(c * fold + f) / spread]. A convolution spreads each
+// source channel over `multiplier` results; its input gradient folds them back.
+struct Gather {
+  int64_t images, groups;
+  int64_t source_h, source_w, result_h, result_w;
+  int64_t result_channels, spread, fold;
+  int64_t kernel_h, kernel_w;
+  Strides source, result;
+  bool channels_last;
+  const Axis &rows, &cols;
+
+  int64_t filter_channels() const { return result_channels * fold; }
+  int64_t macs_per_row() const { return result_w * filter_channels() * kernel_h * kernel_w / (rows.phases() * cols.phases()) + 1; }
+};
+
+// One row of results: which source rows it reads, with which filter rows.
+template <class A, class S>
+class RowTaps {
+ public:
+  RowTaps(const Gather& g, int64_t row, const S* plane, int64_t row_pitch, const A* filter)
+      : source_(g.kernel_h), filter_(g.kernel_h) {
+    const int64_t phase = row % g.rows.phases(), q = row / g.rows.phases();
+    for (int64_t i = g.rows.begin(phase); i < g.rows.end(phase); ++i) {
+      const int64_t source_row = q * g.rows.step() + g.rows.offset(i);
+      if (source_row < 0 || source_row >= g.source_h) continue;
+      source_.get()[count_] = plane + source_row * row_pitch;
+      filter_.get()[count_++] = filter + g.rows.tap(i) * g.kernel_w * g.filter_channels();
+    }
+  }
+  int64_t count() const { return count_; }
+  const S* source(int64_t i) const { return source_.get()[i]; }
+  const A* filter(int64_t i) const { return filter_.get()[i]; }
+
+ private:
+  int64_t count_ = 0;
+  Buffer<const S*> source_;
+  Buffer<const A*> filter_;
+};
+
+// ---- NHWC: lanes along the channels ------------------------------------------------------------------------------------------
+
+// kColumns neighbouring results of one phase times one vector of channels, all taps inside the image.
+template <class A, class S, class R, int kColumns>
+DWSCONV_INLINE void InteriorTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
+  const int64_t column = g.cols.step() * g.source.w, start = q * column + c;
+  Vec<A> sum[kColumns] = {};
+  for (int64_t i = 0; i < taps.count(); ++i) {
+    const S* source = taps.source(i) + start;
+    const A* filter = taps.filter(i) + c;
+    for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
+      const Vec<A> weight = Load<A>(filter + g.cols.tap(j) * g.result_channels);
+      const S* p = source + g.cols.offset(j) * g.source.w;
+#pragma GCC unroll 16
+      for (int t = 0; t < kColumns; ++t) sum[t] += weight * Load<A>(p + t * column);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kColumns; ++t) Store<A>(result + t * g.cols.phases() * g.result.w + c, sum[t]);
+}
+
+// The same for one result at the border, where some taps fall outside.
+template <class A, class S, class R>
+void BorderTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
+  Vec<A> sum = {};
+  for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
+    const int64_t column = q * g.cols.step() + g.cols.offset(j);
+    if (column < 0 || column >= g.source_w) continue;
+    for (int64_t i = 0; i < taps.count(); ++i) {
+      sum += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) * Load<A>(taps.source(i) + column * g.source.w + c);
+    }
+  }
+  Store<A>(result + c, sum);
+}
+
+// One result element, for channel multipliers and for fewer channels than lanes.
+template <class A, class S, class R>
+void OneElement(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
+  A sum = 0;
+  for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
+    const int64_t column = q * g.cols.step() + g.cols.offset(j);
+    if (column < 0 || column >= g.source_w) continue;
+    for (int64_t i = 0; i < taps.count(); ++i) {
+      for (int64_t f = c * g.fold; f < (c + 1) * g.fold; ++f) {
+        sum += taps.filter(i)[g.cols.tap(j) * g.filter_channels() + f] *
+               LoadOne<A>(taps.source(i) + column * g.source.w + f / g.spread);
+      }
+    }
+  }
+  StoreOne<A>(result + c, sum);
+}
+
+template <class A, class S, class R>
+void GatherRow(const Gather& g, const RowTaps<A, S>& taps, R* row) {
+  constexpr int kColumns = 8;
+  constexpr int64_t kVector = kLanes<A>;
+  const bool vectors = g.spread == 1 && g.fold == 1 && g.result_channels >= kVector;
+  const int64_t channels = g.result_channels;
+  for (int64_t phase = 0; phase < g.cols.phases(); ++phase) {
+    const int64_t count = g.cols.results(phase);
+    int64_t low = 0, high = count;
+    for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
+      int64_t from, to;
+      g.cols.ValidResults(j, g.source_w, count, &from, &to);
+      low = Max(low, from);
+      high = Min(high, to);
+    }
+    for (int64_t q = 0; q < count;) {
+      R* result = row + (q * g.cols.phases() + phase) * g.result.w;
+      const bool tile = vectors && q >= low && q + kColumns <= high;
+      if (!vectors) {
+        for (int64_t c = 0; c < channels; ++c) OneElement<A>(g, taps, phase, q, c, result);
+      } else {
+        for (int64_t c = 0; c < channels; c += kVector) {
+          const int64_t start = Min(c, channels - kVector);  // the last vector overlaps its neighbour
+          if (tile) {
+            InteriorTile<A, S, R, kColumns>(g, taps, phase, q, start, result);
+          } else if (q >= low && q < high) {
+            InteriorTile<A, S, R, 1>(g, taps, phase, q, start, result);
+          } else {
+            BorderTile<A>(g, taps, phase, q, start, result);
+          }
+        }
+      }
+      q += tile ? kColumns : 1;
+    }
+  }
+}
+
+template <class A, class S, class R>
+void GatherChannelsLast(const Gather& g, const S* source, const A* filter, R* result, Parallel& parallel) {
+  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_channels();
+  ParallelFor(parallel, g.images * g.result_h, CeilDiv(kMacsPerTask, g.macs_per_row()), [&](int64_t task) {
+    const int64_t image = task / g.result_h, row = task % g.result_h;
+    const RowTaps<A, S> taps(g, row, source + image * g.source.n, g.source.h,
+                             filter + image / per_group * filter_size);
+    GatherRow<A>(g, taps, result + image * g.result.n + row * g.result.h);
+  });
+}
+
+// ---- NCHW: lanes along W -----------------------------------------------------------------------------------------------------
+
+// kVectors vectors of results, kept in registers over all taps of one source plane.
+template <class A, int kVectors>
+DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const StagedColumns& staged, int64_t phase, int64_t q, A* sum) {
+  constexpr int kVector = kLanes<A>;
+  Vec<A> total[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) total[v] = Load<A>(sum + q + v * kVector);
+  for (int64_t i = 0; i < taps.count(); ++i) {
+    for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
+      const A weight = taps.filter(i)[g.cols.tap(j) * g.filter_channels()];
+      const A* from = taps.source(i) + staged.At(g.cols.offset(j)) + q;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[v] += weight * Load<A>(from + v * kVector);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) Store<A>(sum + q + v * kVector, total[v]);
+}
+
+// A strip of result rows of one plane.
+template <class A, class S, class R>
+void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t channel, int64_t first, int64_t last, R* plane) {
+  constexpr int64_t kVector = kLanes<A>;
+  const int64_t phases = g.cols.phases(), padded = CeilDiv(g.cols.results(0), kVector) * kVector;
+  Buffer<A> sums((last - first) * phases * padded);
+  for (int64_t i = 0; i < (last - first) * phases * padded; ++i) sums.get()[i] = 0;
+
+  int64_t low, high;
+  g.rows.SourceRange(first, last, g.source_h, &low, &high);
+  const bool reads = high > low && g.cols.taps() > 0;
+  const StagedColumns staged(g.cols, padded);
+  Buffer<A> rows(reads ? (high - low) * staged.row_size() : 0);
+  for (int64_t f = channel * g.fold; reads && f < (channel + 1) * g.fold; ++f) {
+    const S* source = image + f / g.spread * g.source.c;
+    for (int64_t row = low; row < high; ++row) {
+      staged.Fill(source + row * g.source.h, g.source_w, rows.get() + (row - low) * staged.row_size());
+    }
+    for (int64_t row = first; row < last; ++row) {
+      const RowTaps<A, A> taps(g, row, rows.get() - low * staged.row_size(), staged.row_size(), filter + f);
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        A* sum = sums.get() + ((row - first) * phases + phase) * padded;
+        int64_t q = 0;
+        for (; q + 4 * kVector <= padded; q += 4 * kVector) StripTile<A, 4>(g, taps, staged, phase, q, sum);
+        for (; q < padded; q += kVector) StripTile<A, 1>(g, taps, staged, phase, q, sum);
+      }
+    }
+  }
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const A* sum = sums.get() + ((row - first) * phases + phase) * padded;
+      R* to = plane + row * g.result.h + phase;
+      for (int64_t q = 0; q < g.cols.results(phase); ++q) StoreOne<A>(to + q * phases, sum[q]);
+    }
+  }
+}
+
+template <class A, class S, class R>
+void GatherChannelsFirst(const Gather& g, const S* source, const A* filter, R* result, Parallel& parallel) {
+  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_channels();
+  const int64_t strip = Min(g.result_h, Max(8, CeilDiv(kMacsPerTask * g.result_channels, g.macs_per_row())));
+  const int64_t strips = CeilDiv(g.result_h, strip), strip_macs = strip * g.macs_per_row() / g.result_channels + 1;
+  ParallelFor(parallel, g.images * g.result_channels * strips, CeilDiv(kMacsPerTask, strip_macs), [&](int64_t task) {
+    const int64_t first = task % strips * strip, plane = task / strips;
+    const int64_t channel = plane % g.result_channels, image = plane / g.result_channels;
+    GatherStrip<A>(g, source + image * g.source.n, filter + image / per_group * filter_size, channel, first,
+                   Min(g.result_h, first + strip), result + image * g.result.n + channel * g.result.c);
+  });
+}
+
+template <class A, class S, class R>
+void RunGather(const Problem& p, const Gather& g, const void* source, const void* filter, void* result, Parallel& parallel) {
+  const PackedFilter<A> packed(p, filter);
+  const S* from = static_cast<const S*>(source);
+  R* to = static_cast<R*>(result);
+  if (g.channels_last) {
+    GatherChannelsLast<A>(g, from, packed.get(), to, parallel);
+  } else {
+    GatherChannelsFirst<A>(g, from, packed.get(), to, parallel);
+  }
+}
+
+// Calls RunGather for the dtypes of source and result, where there is an instance.
+inline bool DispatchGather(const Problem& p, const Gather& g, Dtype source_dtype, Dtype result_dtype, const void* source,
+                           const void* filter, void* result, Parallel& parallel) {
+  const auto is = [&](Dtype s, Dtype r) { return source_dtype == s && result_dtype == r; };
+  const auto run = [&](auto instance) {
+    instance(p, g, source, filter, result, parallel);
+    return true;
+  };
+  if ((source_dtype == Dtype::kF64) != (p.filter_dtype == Dtype::kF64)) return false;
+  if (is(Dtype::kF32, Dtype::kF32)) return run(RunGather<float, float, float>);
+  if (is(Dtype::kBF16, Dtype::kBF16)) return run(RunGather<float, BFloat16, BFloat16>);
+  if (is(Dtype::kBF16, Dtype::kF32)) return run(RunGather<float, BFloat16, float>);
+  if (is(Dtype::kF32, Dtype::kBF16)) return run(RunGather<float, float, BFloat16>);
+  if (is(Dtype::kF16, Dtype::kF16)) return run(RunGather<float, Float16, Float16>);
+  if (is(Dtype::kF16, Dtype::kF32)) return run(RunGather<float, Float16, float>);
+  if (is(Dtype::kF32, Dtype::kF16)) return run(RunGather<float, float, Float16>);
+  if (is(Dtype::kF64, Dtype::kF64)) return run(RunGather<double, double, double>);
+  return false;
+}
+
+}  // namespace dwsconv::cpu::DWSCONV_ISA
+
+#endif  // JAX_DWSCONV_CPU_GATHER_H_

@@ -1,0 +1,15 @@
+// The CPU handlers: one XLA FFI symbol per operator.
+#ifndef JAX_DWSCONV_CPU_HANDLERS_H_
+#define JAX_DWSCONV_CPU_HANDLERS_H_
+
+#include "xla/ffi/api/ffi.h"
+
+namespace dwsconv::cpu {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(Forward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(GradInput);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(GradFilter);
+
+}  // namespace dwsconv::cpu
+
+#endif  // JAX_DWSCONV_CPU_HANDLERS_H_

@@ -1,0 +1,16 @@
+// Compiled once per instruction set, with DWSCONV_ISA (the namespace) and DWSCONV_VECTOR_BYTES set by the build.
+#include "cpu/kernels.h"
+
+#include "cpu/forward.h"
+#include "cpu/grad_filter.h"
+#include "cpu/grad_input.h"
+
+#define DWSCONV_STRING(name) #name
+#define DWSCONV_NAME(name) DWSCONV_STRING(name)
+
+namespace dwsconv::cpu::DWSCONV_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, GradInput, GradFilter};
+
+}  // namespace dwsconv::cpu::DWSCONV_ISA

@@ -1,0 +1,23 @@
+#include <nanobind/nanobind.h>
+
+#include "cpu/handlers.h"
+#include "cpu/kernels.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of jax_dwsconv.";
+  m.def(
+      "handlers",
+      [] {
+        const auto capsule = [](auto* symbol) { return nb::capsule(reinterpret_cast<void*>(symbol)); };
+        nb::dict handlers;
+        handlers["forward"] = capsule(dwsconv::cpu::Forward);
+        handlers["grad_input"] = capsule(dwsconv::cpu::GradInput);
+        handlers["grad_filter"] = capsule(dwsconv::cpu::GradFilter);
+        return handlers;
+      },
+      "XLA FFI handlers by operator name.");
+  m.def("isa", [] { return dwsconv::cpu::BestKernels().isa; }, "The instruction set that the kernels use on this machine.");
+  m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+}

@@ -1,0 +1,68 @@
+// Runs kernel tasks on XLA's intra-op thread pool.
+#ifndef JAX_DWSCONV_CPU_THREAD_POOL_H_
+#define JAX_DWSCONV_CPU_THREAD_POOL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+#include "cpu/parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace dwsconv::cpu {
+
+// The calling thread works too and waits only for tasks that other threads have begun. It never waits for a thread that has yet
+// to come, so handlers that fill the whole pool cannot block one another.
+class PoolParallel final : public Parallel {
+ public:
+  explicit PoolParallel(xla::ffi::ThreadPool& pool) : pool_(pool) {}
+
+  void Run(int64_t count, void (*task)(void*, int64_t), void* context) override {
+    const int64_t helpers = count < pool_.num_threads() ? count - 1 : pool_.num_threads() - 1;
+    if (helpers < 1) {
+      for (int64_t i = 0; i < count; ++i) task(context, i);
+      return;
+    }
+    auto work = std::make_shared<Work>(count, task, context);
+    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([work] { work->Help(); });
+    work->Help();
+    work->Wait();
+  }
+
+ private:
+  class Work {
+   public:
+    Work(int64_t count, void (*task)(void*, int64_t), void* context) : count_(count), task_(task), context_(context) {}
+
+    // A helper that comes after the last task was taken touches neither task nor context, which may be gone by then.
+    void Help() {
+      int64_t done = 0;
+      for (int64_t i = next_++; i < count_; i = next_++, ++done) task_(context_, i);
+      if (done == 0) return;
+      std::lock_guard<std::mutex> lock(mutex_);
+      finished_ += done;
+      if (finished_ == count_) all_finished_.notify_one();
+    }
+
+    void Wait() {
+      std::unique_lock<std::mutex> lock(mutex_);
+      all_finished_.wait(lock, [this] { return finished_ == count_; });
+    }
+
+   private:
+    const int64_t count_;
+    void (*const task_)(void*, int64_t);
+    void* const context_;
+    std::atomic<int64_t> next_{0};
+    std::mutex mutex_;
+    std::condition_variable all_finished_;
+    int64_t finished_ = 0;
+  };
+
+  xla::ffi::ThreadPool& pool_;
+};
+
+}  // namespace dwsconv::cpu
+
+#endif  // JAX_DWSCONV_CPU_THREAD_POOL_H_

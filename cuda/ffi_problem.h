@@ -1,0 +1,22 @@
+// Decodes and checks an XLA FFI call frame into a Problem. Used by the CUDA and by the CPU handlers.
+#ifndef JAX_DWSCONV_CUDA_FFI_PROBLEM_H_
+#define JAX_DWSCONV_CUDA_FFI_PROBLEM_H_
+
+#include <string_view>
+
+#include "cuda/problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace dwsconv {
+
+// x: (N, H, W, C) or (N, C, H, W); y likewise with C * multiplier channels; filter: (G, kh, kw, C * multiplier) ("HWO") or
+// (G, C * multiplier, kh, kw) ("OHW"). Attributes, all required:
+//   strides int64[2], padding int64[4] (top, bottom, left, right), dilation int64[2],
+//   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW".
+// `op` names the operator in error messages. Every size that a kernel reads is checked here.
+xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs, const xla::ffi::AnyBuffer& x,
+                                         const xla::ffi::AnyBuffer& filter, const xla::ffi::AnyBuffer& y);
+
+}  // namespace dwsconv
+
+#endif  // JAX_DWSCONV_CUDA_FFI_PROBLEM_H_

@@ -1,0 +1,46 @@
+// One plain struct that describes a depthwise convolution. The planner, the CUDA kernels and the CPU kernels all take it.
+#ifndef JAX_DWSCONV_CUDA_PROBLEM_H_
+#define JAX_DWSCONV_CUDA_PROBLEM_H_
+
+#include <cstdint>
+
+namespace dwsconv {
+
+enum class Dtype : uint8_t { kF32, kF64, kBF16, kF16 };
+
+// Distance, in elements, between neighbours along each axis.
+struct Strides {
+  int64_t n, h, w, c;
+};
+
+// y[n, oh, ow, o] = sum over i, j of x[n, oh * stride_h + i * dilation_h - pad_top, ow * stride_w + j * dilation_w - pad_left,
+// o / multiplier] * filter[n / (batch / groups), i, j, o]. The three operators differ only in which of x, filter and y they
+// compute, so all of them are described by these fields, always named from the forward convolution's point of view.
+struct Problem {
+  int64_t batch;         // images in all groups together
+  int64_t groups;        // image n uses filter n / (batch / groups)
+  int64_t in_h, in_w;    // spatial size of x
+  int64_t out_h, out_w;  // spatial size of y
+  int64_t channels;      // of x
+  int64_t multiplier;    // y has channels * multiplier channels
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t dilation_h, dilation_w;
+  int64_t pad_top, pad_left;  // negative crops; the far pads follow from the sizes
+  bool channels_last;         // x and y are NHWC, else NCHW
+
+  Strides x, y;    // element strides of the activations
+  Strides filter;  // n: group, h, w: tap, c: output channel. Serves HWIO and OIHW order without a transpose.
+
+  Dtype x_dtype, filter_dtype, y_dtype;
+
+  int64_t out_channels() const { return channels * multiplier; }
+  int64_t images_per_group() const { return groups > 0 ? batch / groups : 0; }
+  int64_t filter_elements() const { return groups * kernel_h * kernel_w * out_channels(); }
+  int64_t x_elements() const { return batch * in_h * in_w * channels; }
+  int64_t y_elements() const { return batch * out_h * out_w * out_channels(); }
+};
+
+}  // namespace dwsconv
+
+#endif  // JAX_DWSCONV_CUDA_PROBLEM_H_

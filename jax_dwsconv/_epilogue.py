@@ -1,0 +1,72 @@
+"""What follows the convolution: activation(y * scale + bias), in float32 (float64 for float64), rounded once."""
+
+from collections.abc import Callable
+
+import jax
+from jax import numpy as jnp
+
+Activation = str | Callable[[jax.Array], jax.Array] | None
+
+# gelu is the tanh form, jax.nn.gelu's default.
+_BY_NAME = {
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "hard_swish": jax.nn.hard_swish,
+}
+
+
+def activation_name(activation: Activation) -> str | None:
+    """The name of a known activation, given by name or as the function of jax.nn (flax exports the same); None for any other.
+
+    Raises:
+      ValueError: an unknown name.
+      TypeError: neither a name, nor callable, nor None.
+    """
+    if isinstance(activation, str):
+        if activation not in _BY_NAME:
+            known = ", ".join(map(repr, _BY_NAME))
+            raise ValueError(f"activation={activation!r} is unknown; use one of {known}, a function of one array, or None")
+        return activation
+    if activation is None:
+        return None
+    if not callable(activation):
+        raise TypeError(
+            f"activation must be a name, a function of one array or None, got {type(activation).__name__}"
+        )
+    return next((name for name, function in _BY_NAME.items() if function is activation), None)
+
+
+def accumulator_dtype(dtype) -> jnp.dtype:
+    """The dtype in which sums and epilogues are computed for results of this dtype."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def apply(y: jax.Array, scale, bias, activation: Activation, channel_axis: int, out_dtype) -> jax.Array:
+    """activation(y * scale + bias) rounded to out_dtype. An activation without a name is applied after rounding.
+
+    Args:
+      y: the sums, in the accumulator dtype.
+      scale: (C,) or (), or None.
+      bias: (C,) or (), or None.
+      activation: see `activation_name`.
+      channel_axis: the axis of y that scale and bias follow.
+      out_dtype: of the result.
+    """
+    shape = [1] * y.ndim
+    shape[channel_axis] = -1
+    if scale is not None:
+        y = y * scale.astype(y.dtype).reshape(shape)
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape(shape)
+    name = activation_name(activation)
+    if name is not None:
+        y = _BY_NAME[name](y)
+    y = y.astype(out_dtype)
+    return y if name is not None or activation is None else activation(y)
+
+
+def is_empty(scale, bias, activation: Activation) -> bool:
+    """Whether there is nothing to compute in the accumulator dtype."""
+    return scale is None and bias is None and activation_name(activation) is None

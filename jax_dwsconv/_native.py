@@ -1,0 +1,89 @@
+"""Loads the native modules and registers their handlers with XLA."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+
+# A changed attribute or operand list is a new version, so that saved exports keep loading.
+TARGETS = {
+    "forward": "jax_dwsconv.forward.v1",
+    "grad_input": "jax_dwsconv.grad_input.v1",
+    "grad_filter": "jax_dwsconv.grad_filter.v1",
+}
+# XLA's registry spells the platform in upper case; lower case would never match, without an error.
+_XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+@functools.cache
+def load(platform: str) -> ModuleType | ImportError:
+    """The native module of a platform ("cpu" or "cuda"), or why it cannot be loaded."""
+    try:
+        return importlib.import_module(f"jax_dwsconv._{platform}")
+    except ImportError as error:
+        return error
+
+
+def register() -> None:
+    """Makes the handlers of every module that loads known to XLA. XLA looks them up when it compiles."""
+    for platform, xla_platform in _XLA_PLATFORMS.items():
+        module = load(platform)
+        if isinstance(module, ModuleType):
+            for operator, handler in module.handlers().items():
+                jax.ffi.register_ffi_target(TARGETS[operator], handler, platform=xla_platform)
+
+
+def why_unavailable(platform: str) -> str | None:
+    """Why the kernels of a platform cannot be used here, or None where they can.
+
+    For "cuda" the driver and every visible device are compared with what the module was compiled for. Where no device is
+    visible there is nothing to compare: code may be lowered here for another machine.
+    """
+    module = load(platform)
+    if isinstance(module, ImportError):
+        return f"the native module _{platform} is not installed ({module})"
+    if platform == "cuda":
+        return cuda_mismatch(
+            module.driver_version(), module.device_capabilities(), module.toolkit_version, module.architectures
+        )
+    return None
+
+
+def cuda_mismatch(
+    driver: int, capabilities: list[tuple[int, int]], toolkit: int, architectures: list[tuple[str, int]]
+) -> str | None:
+    """Why machine code does not run on these devices, or None where it does.
+
+    Args:
+      driver: the newest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.
+      capabilities: (major, minor) of every visible device.
+      toolkit: the CUDA version of the compiler, in the driver's notation.
+      architectures: ("real" or "virtual", 10 * major + minor) of everything that was compiled.
+    """
+    if not capabilities:
+        return None
+    if driver // 1000 < toolkit // 1000:
+        return (
+            f"the driver knows CUDA {_show(driver)}, but the kernels were built with CUDA {_show(toolkit)}: "
+            f"update the driver, or build with CUDA {driver // 1000}"
+        )
+    for major, minor in capabilities:
+        runs_machine_code = any(
+            kind == "real" and arch // 10 == major and arch % 10 <= minor for kind, arch in architectures
+        )
+        # The driver compiles PTX for a newer device, unless the PTX is newer than the driver.
+        runs_ptx = driver >= toolkit and any(
+            kind == "virtual" and arch <= 10 * major + minor for kind, arch in architectures
+        )
+        if not (runs_machine_code or runs_ptx):
+            built = ", ".join(f"{'sm' if kind == 'real' else 'compute'}_{arch}" for kind, arch in architectures)
+            return (
+                f"a visible GPU has compute capability {major}.{minor}, but the kernels were built for {built}: "
+                f"build with JAX_DWSCONV_CUDA_ARCHITECTURES={major}{minor}"
+            )
+    return None
+
+
+def _show(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,376 @@
+"""The three bilinear primitives, and all that JAX needs to know about them.
+
+The operators, for a window with its strides, padding and dilation:
+
+    forward(x, kernel)     -> y    the depthwise convolution
+    grad_input(g, kernel)  -> x    its gradient by the input
+    grad_filter(x, g)      -> kernel    its gradient by the filter
+
+Shapes: x is (N, H, W, C) or (N, C, H, W), y and g the same with C * multiplier channels, kernel is (G, kh, kw, C * multiplier)
+or (G, C * multiplier, kh, kw), by `window.layout` and `window.filter_layout`. Output channel o reads input channel
+o // multiplier. Image n uses filter n // (N // G): a mapped filter or per-example gradients need no transposed activations.
+
+Dtypes: every operand has its own floating dtype and the result is `out_dtype`; sums are kept in float32 (float64 where an operand
+is float64). A cotangent has the dtype of what it is the cotangent of.
+
+Source of the algorithm: Lu, Zhang, Wang, "Optimizing Depthwise Separable Convolution Operations on GPUs", IEEE TPDS 33(1), 2022.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import lax, numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_dwsconv import _config, _native, reference
+from jax_dwsconv._geometry import Window
+
+_LARGEST_SIZE = 2**63 - 1
+
+
+# Public entry points -----------------------------------------------------------------------------------------------------------
+
+
+def forward(x: jax.Array, kernel: jax.Array, *, window: Window, out_dtype) -> jax.Array:
+    """Depthwise convolution of x with kernel; see the module's docstring for shapes and dtypes."""
+    return _bind(forward_p, reference.forward, x, kernel, window=window, out_dtype=np.dtype(out_dtype))
+
+
+def grad_input(g: jax.Array, kernel: jax.Array, *, window: Window, input_size, multiplier: int, out_dtype) -> jax.Array:
+    """Transpose of `forward` by its first operand, for an x of spatial size `input_size`."""
+    return _bind(
+        grad_input_p,
+        reference.grad_input,
+        g,
+        kernel,
+        window=window,
+        input_size=tuple(input_size),
+        multiplier=multiplier,
+        out_dtype=np.dtype(out_dtype),
+    )
+
+
+def grad_filter(x: jax.Array, g: jax.Array, *, window: Window, kernel_size, groups: int, out_dtype) -> jax.Array:
+    """Transpose of `forward` by its second operand, for `groups` filters of spatial size `kernel_size`."""
+    return _bind(
+        grad_filter_p,
+        reference.grad_filter,
+        x,
+        g,
+        window=window,
+        kernel_size=tuple(kernel_size),
+        groups=groups,
+        out_dtype=np.dtype(out_dtype),
+    )
+
+
+def _bind(primitive, in_lax, a, b, **params):
+    if _config.disabled():
+        return in_lax(a, b, **params)
+    return primitive.bind(*_same_varying_axes(a, b), **params)
+
+
+def _same_varying_axes(*operands):
+    """Inside shard_map, marks every operand as varying over all axes over which one of them varies."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
+        lax.pcast(x, tuple(sorted(union - axes)), to="varying") if union - axes else x
+        for x, axes in zip(operands, varying, strict=True)
+    ]
+
+
+# Shape rules -------------------------------------------------------------------------------------------------------------------
+
+
+def _forward_shape(x, kernel, *, window: Window, **_):
+    _check_ranks("forward", x=x, kernel=kernel)
+    channels, out_channels = x.shape[window.channel_axis], kernel.shape[window.filter_channel_axis]
+    if (out_channels % channels != 0) if _positive(channels) else (out_channels != 0):
+        raise ValueError(
+            f"forward: kernel {kernel.shape} ({window.filter_layout}) has {out_channels} output channels, which must be a "
+            f"multiple of the {channels} channels of x {x.shape} ({window.layout})"
+        )
+    _check_groups("forward", kernel.shape[0], x)
+    size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
+    return window.activation_shape(x.shape[0], size, out_channels)
+
+
+def _grad_input_shape(g, kernel, *, window: Window, input_size, multiplier, **_):
+    _check_ranks("grad_input", g=g, kernel=kernel)
+    out_channels = g.shape[window.channel_axis]
+    if kernel.shape[window.filter_channel_axis] != out_channels or out_channels % multiplier != 0:
+        raise ValueError(
+            f"grad_input: g {g.shape} ({window.layout}) and kernel {kernel.shape} ({window.filter_layout}) must have the same "
+            f"number of channels, a multiple of {multiplier}"
+        )
+    _check_groups("grad_input", kernel.shape[0], g)
+    _check_output_size("grad_input", g, window, input_size, window.kernel_size(kernel.shape))
+    return window.activation_shape(g.shape[0], input_size, out_channels // multiplier)
+
+
+def _grad_filter_shape(x, g, *, window: Window, kernel_size, groups, **_):
+    _check_ranks("grad_filter", x=x, g=g)
+    channels, out_channels = x.shape[window.channel_axis], g.shape[window.channel_axis]
+    channels_agree = out_channels % channels == 0 if _positive(channels) else out_channels == 0
+    if x.shape[0] != g.shape[0] or not channels_agree:
+        raise ValueError(
+            f"grad_filter: x {x.shape} and g {g.shape} ({window.layout}) must have the same batch size, and g a multiple of the "
+            "channels of x"
+        )
+    _check_groups("grad_filter", groups, x)
+    _check_output_size("grad_filter", g, window, window.spatial(x.shape), kernel_size)
+    return window.filter_shape(groups, kernel_size, out_channels)
+
+
+def _positive(dimension) -> bool:
+    return not isinstance(dimension, int) or dimension > 0  # a symbolic dimension stands for a positive one
+
+
+def _check_ranks(op: str, **operands) -> None:
+    for name, operand in operands.items():
+        if len(operand.shape) != 4:
+            raise ValueError(f"{op}: {name} must have rank 4, got shape {operand.shape}")
+
+
+def _check_groups(op: str, groups, operand) -> None:
+    if groups == 0 or operand.shape[0] % groups != 0:
+        raise ValueError(f"{op}: the batch size of {operand.shape} must be a multiple of the number of filters, {groups}")
+
+
+def _check_output_size(op: str, g, window: Window, input_size, kernel_size) -> None:
+    expected = window.output_size(input_size, kernel_size)
+    if window.spatial(g.shape) != expected:
+        raise ValueError(
+            f"{op}: an input of size {tuple(input_size)} and a kernel of size {tuple(kernel_size)} give an output of size "
+            f"{expected}, but g has shape {g.shape} ({window.layout}); {window}"
+        )
+
+
+# Dtype rule, abstract evaluation -----------------------------------------------------------------------------------------------
+
+
+def _check_dtype(op: str, dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{op}: dtypes must be floating point, got {dtype}; use float32, bfloat16, float16 or float64")
+
+
+def _abstract_eval(op: str, shape_rule, a, b, **params):
+    for dtype in (a.dtype, b.dtype, params["out_dtype"]):
+        _check_dtype(op, dtype)
+    shape = shape_rule(a, b, **params)
+    for dims, dtype in ((a.shape, a.dtype), (b.shape, b.dtype), (shape, params["out_dtype"])):
+        if all(isinstance(d, int) for d in dims) and math.prod(dims) * dtype.itemsize > _LARGEST_SIZE:
+            raise ValueError(f"{op}: an array of shape {dims} and dtype {dtype} has more than 2**63 - 1 bytes")
+    # Updating an operand's type, not making a new one, keeps the axes over which it varies inside shard_map.
+    return a.update(shape=shape, dtype=params["out_dtype"], weak_type=False)
+
+
+def _primitive(op: str, shape_rule) -> Primitive:
+    primitive = Primitive(f"dwsconv_{op}")
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, op, shape_rule))
+    params = ("window", "out_dtype", "input_size", "multiplier", "kernel_size", "groups")
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
+    return primitive
+
+
+forward_p = _primitive("forward", _forward_shape)
+grad_input_p = _primitive("grad_input", _grad_input_shape)
+grad_filter_p = _primitive("grad_filter", _grad_filter_shape)
+
+
+# JVP and transpose -------------------------------------------------------------------------------------------------------------
+#
+# A depthwise convolution is the trilinear form T(x, w, g) = <g, x * w>. Its three partial derivatives are the three primitives,
+# each bilinear, so that they are closed under transposition and every order of derivative is made of them alone:
+#
+#     forward(x, w)     = dT/dg    transposes to grad_input (by x) and grad_filter (by w)
+#     grad_input(g, w)  = dT/dx    transposes to forward    (by g) and grad_filter (by w)
+#     grad_filter(x, g) = dT/dw    transposes to grad_input (by x) and forward     (by g)
+#
+# `ct` is the cotangent of the result; the operand that is transposed comes without a value, only with its type.
+
+
+def _multiplier(window: Window, x, y) -> int:
+    channels = x.shape[window.channel_axis]
+    return y.shape[window.channel_axis] // channels if _positive(channels) else 1
+
+
+def _forward_by_x(ct, x, kernel, *, window, **_):
+    x = x.aval
+    multiplier = _multiplier(window, x, ct)
+    size = window.spatial(x.shape)
+    return grad_input(ct, kernel, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+
+
+def _forward_by_kernel(ct, x, kernel, *, window, **_):
+    shape, dtype = kernel.aval.shape, kernel.aval.dtype
+    return grad_filter(x, ct, window=window, kernel_size=window.kernel_size(shape), groups=shape[0], out_dtype=dtype)
+
+
+def _grad_input_by_g(ct, g, kernel, *, window, **_):
+    return forward(ct, kernel, window=window, out_dtype=g.aval.dtype)
+
+
+def _grad_input_by_kernel(ct, g, kernel, *, window, **_):
+    shape, dtype = kernel.aval.shape, kernel.aval.dtype
+    return grad_filter(ct, g, window=window, kernel_size=window.kernel_size(shape), groups=shape[0], out_dtype=dtype)
+
+
+def _grad_filter_by_x(ct, x, g, *, window, **_):
+    x = x.aval
+    multiplier = _multiplier(window, x, g)
+    size = window.spatial(x.shape)
+    return grad_input(g, ct, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+
+
+def _grad_filter_by_g(ct, x, g, *, window, **_):
+    return forward(x, ct, window=window, out_dtype=g.aval.dtype)
+
+
+ad.defbilinear(forward_p, _forward_by_x, _forward_by_kernel)
+ad.defbilinear(grad_input_p, _grad_input_by_g, _grad_input_by_kernel)
+ad.defbilinear(grad_filter_p, _grad_filter_by_x, _grad_filter_by_g)
+
+
+# Batching ----------------------------------------------------------------------------------------------------------------------
+#
+# A mapped axis is folded into the batch. A mapped filter makes a group of every element of the mapped axis.
+
+
+def _to_front(operand, axis, size):
+    """The operand with its mapped axis first; repeated along a new one where it is not mapped."""
+    if axis is None:
+        return jnp.broadcast_to(operand[None], (size, *operand.shape))
+    return jnp.moveaxis(operand, axis, 0)
+
+
+def _fold(operand):
+    return operand.reshape(operand.shape[0] * operand.shape[1], *operand.shape[2:])
+
+
+def _unfold(result, size):
+    return result.reshape(size, result.shape[0] // size, *result.shape[1:])
+
+
+def _batch_with_kernel(bind, operands, axes, **params):
+    """forward and grad_input: an activation and a kernel."""
+    (activation, kernel), (activation_axis, kernel_axis) = operands, axes
+    size = activation.shape[activation_axis] if activation_axis is not None else kernel.shape[kernel_axis]
+    shares_kernel = kernel_axis is None and kernel.shape[0] == 1
+    if not shares_kernel:
+        kernel = _fold(_to_front(kernel, kernel_axis, size))
+    return _unfold(bind(_fold(_to_front(activation, activation_axis, size)), kernel, **params), size), 0
+
+
+def _batch_grad_filter(operands, axes, *, groups, **params):
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    x, g = (_fold(_to_front(x, axis, size)) for x, axis in zip(operands, axes, strict=True))
+    return _unfold(grad_filter(x, g, groups=size * groups, **params), size), 0
+
+
+batching.primitive_batchers[forward_p] = functools.partial(_batch_with_kernel, forward)
+batching.primitive_batchers[grad_input_p] = functools.partial(_batch_with_kernel, grad_input)
+batching.primitive_batchers[grad_filter_p] = _batch_grad_filter
+
+
+# Lowering ----------------------------------------------------------------------------------------------------------------------
+#
+# The handler reads all sizes from the buffers at run time; only the window travels as attributes. So symbolic sizes work, and so
+# does lowering on a machine without the GPU.
+
+
+def _attributes(window: Window) -> dict:
+    return {
+        "strides": np.asarray(window.strides, np.int64),
+        "padding": np.asarray(window.padding, np.int64).reshape(4),
+        "dilation": np.asarray(window.dilation, np.int64),
+        "layout": window.layout,
+        "filter_layout": window.filter_layout,
+    }
+
+
+def _has_instance(input_dtype, filter_dtype, output_dtype) -> bool:
+    """Whether the kernels are compiled for these dtypes: see "Dtypes" in the documentation."""
+    if input_dtype == np.float64:
+        return filter_dtype == output_dtype == np.float64
+    allowed = (input_dtype, np.dtype(np.float32))
+    return input_dtype in (np.float32, jnp.bfloat16, jnp.float16) and filter_dtype in allowed and output_dtype in allowed
+
+
+def _common_dtype(*dtypes):
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, a, b, *, window, out_dtype, **params):
+    """Lowers to the native kernel, by way of a common dtype where none is compiled for this combination, else to lax.
+
+    `roles` says which of (a, b, result) are the input, the filter and the output of the forward convolution.
+    """
+    dtypes = (ctx.avals_in[0].dtype, ctx.avals_in[1].dtype, out_dtype)
+    if reason := _why_lax(platform, dtypes):
+        _config.fall_back(reason)
+        in_lax = functools.partial(in_lax, window=window, out_dtype=out_dtype, **params)
+        return mlir.lower_fun(in_lax, multiple_results=False)(ctx, a, b)
+    if not _has_instance(*(dtypes[role] for role in roles)):
+        common = _common_dtype(*dtypes)
+
+        def convert(a, b):
+            y = primitive.bind(a.astype(common), b.astype(common), window=window, out_dtype=common, **params)
+            return y.astype(out_dtype)
+
+        return mlir.lower_fun(convert, multiple_results=False)(ctx, a, b)
+    return _EMIT[platform, op](ctx, a, b, **_attributes(window))
+
+
+def _why_lax(platform: str, dtypes) -> str | None:
+    if platform == "cuda" and np.dtype(np.float64) in dtypes:
+        return "float64 has no CUDA kernel; use float32, bfloat16 or float16"
+    if any(dtype not in (np.float64, np.float32, jnp.bfloat16, jnp.float16) for dtype in dtypes):
+        return f"no kernel for dtypes {', '.join(map(str, dtypes))}; use float32, bfloat16, float16, or float64 on the CPU"
+    return _native.why_unavailable(platform)
+
+
+def _emit_plain(op: str, ctx, a, b, **attributes):
+    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, a, b, **attributes)
+
+
+def _emit_with_workspace(op: str, ctx, a, b, **attributes):
+    """The call returns a workspace as a second result, which is dropped here."""
+    (result,) = ctx.avals_out
+    workspace = result.update(shape=workspace_shape(result.shape), dtype=np.dtype(np.float32))
+    ctx = ctx.replace(avals_out=[result, workspace])
+    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, a, b, **attributes)[:1]
+
+
+def workspace_shape(filter_shape) -> tuple:
+    """Partial sums of grad_filter on a GPU: (splits, elements of the filter), float32.
+
+    The number of splits must be the same on every device. It bounds what the planner may use: as many as keep the workspace
+    at 16 MiB, from 8 to 256.
+    """
+    elements = math.prod(filter_shape)
+    splits = max(8, min(256, 2**22 // max(1, elements))) if isinstance(elements, int) else 32
+    return (splits, elements)
+
+
+_EMIT = {
+    **{("cpu", op): functools.partial(_emit_plain, op) for op in _native.TARGETS},
+    ("cuda", "forward"): functools.partial(_emit_plain, "forward"),
+    ("cuda", "grad_input"): functools.partial(_emit_plain, "grad_input"),
+    ("cuda", "grad_filter"): functools.partial(_emit_with_workspace, "grad_filter"),
+}
+
+for _op, _p, _in_lax, _roles in (
+    ("forward", forward_p, reference.forward, (0, 1, 2)),
+    ("grad_input", grad_input_p, reference.grad_input, (2, 1, 0)),
+    ("grad_filter", grad_filter_p, reference.grad_filter, (0, 2, 1)),
+):
+    mlir.register_lowering(_p, mlir.lower_fun(_in_lax, multiple_results=False))
+    for _platform in ("cpu", "cuda"):
+        mlir.register_lowering(_p, functools.partial(_lower, _op, _platform, _p, _in_lax, _roles), platform=_platform)
+
+_native.register()

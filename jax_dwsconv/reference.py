@@ -1,0 +1,60 @@
+"""The three operators in plain `jax.lax`: the fallback, the lowering for platforms without kernels, and the tests' peer."""
+
+import jax
+from jax import lax, numpy as jnp
+
+from jax_dwsconv._geometry import Window
+
+_FILTER_SPEC = {"HWO": "HWIO", "OHW": "OIHW"}
+
+
+def forward(x: jax.Array, kernel: jax.Array, *, window: Window, out_dtype) -> jax.Array:
+    """Depthwise convolution; shapes and dtypes as `primitives.forward`."""
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    accumulator = jnp.promote_types(dtype, out_dtype)
+    y = _convolve(x.astype(dtype), kernel.astype(dtype), window, None if accumulator == dtype else accumulator)
+    return y.astype(out_dtype)
+
+
+def grad_input(g: jax.Array, kernel: jax.Array, *, window: Window, input_size, multiplier, out_dtype) -> jax.Array:
+    """Gradient by the input; shapes and dtypes as `primitives.grad_input`."""
+    dtype = jnp.promote_types(g.dtype, kernel.dtype)
+    channels = g.shape[window.channel_axis] // multiplier
+    x = jax.ShapeDtypeStruct(window.activation_shape(g.shape[0], input_size, channels), dtype)
+    transpose = jax.linear_transpose(lambda x: _convolve(x, kernel.astype(dtype), window), x)
+    return transpose(g.astype(dtype))[0].astype(out_dtype)
+
+
+def grad_filter(x: jax.Array, g: jax.Array, *, window: Window, kernel_size, groups, out_dtype) -> jax.Array:
+    """Gradient by the filter; shapes and dtypes as `primitives.grad_filter`."""
+    dtype = jnp.promote_types(x.dtype, g.dtype)
+    shape = window.filter_shape(groups, kernel_size, g.shape[window.channel_axis])
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    transpose = jax.linear_transpose(lambda kernel: _convolve(x.astype(dtype), kernel, window), kernel)
+    return transpose(g.astype(dtype))[0].astype(out_dtype)
+
+
+def _convolve(x, kernel, window: Window, preferred_element_type=None):
+    """`lax.conv_general_dilated`, mapped over the filter's groups."""
+
+    def one_group(x, kernel):
+        axis = 2 if window.filter_layout == "HWO" else 1
+        return lax.conv_general_dilated(
+            x,
+            jnp.expand_dims(kernel, axis),
+            window.strides,
+            window.padding,
+            rhs_dilation=window.dilation,
+            dimension_numbers=(window.layout, _FILTER_SPEC[window.filter_layout], window.layout),
+            feature_group_count=x.shape[window.channel_axis],
+            preferred_element_type=preferred_element_type,
+        )
+
+    groups = kernel.shape[0]
+    if x.shape[window.channel_axis] == 0 or kernel.size == 0:  # lax refuses a feature_group_count of 0
+        size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
+        return jnp.zeros(window.activation_shape(x.shape[0], size, 0), preferred_element_type or x.dtype)
+    if groups == 1:
+        return one_group(x, kernel[0])
+    y = jax.vmap(one_group)(x.reshape(groups, -1, *x.shape[1:]), kernel)
+    return y.reshape(x.shape[0], *y.shape[2:])

@@ -1,0 +1,92 @@
+"""Depthwise-separable convolution: a depthwise convolution followed by a pointwise (1x1) one."""
+
+import jax
+from jax import lax, numpy as jnp
+
+from jax_dwsconv import _arguments, _epilogue
+from jax_dwsconv._epilogue import Activation
+from jax_dwsconv.convolution import depthwise_conv2d
+
+
+def separable_conv2d(
+    x: jax.Array,
+    depthwise_kernel: jax.Array,
+    pointwise_kernel: jax.Array,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding="SAME",
+    dilation: int | tuple[int, int] = 1,
+    depthwise_scale: jax.Array | None = None,
+    depthwise_bias: jax.Array | None = None,
+    depthwise_activation: Activation = None,
+    pointwise_scale: jax.Array | None = None,
+    pointwise_bias: jax.Array | None = None,
+    pointwise_activation: Activation = None,
+    precision: lax.PrecisionLike = None,
+    data_format: str | None = None,
+    preferred_element_type=None,
+) -> jax.Array:
+    """Depthwise convolution, then a matrix product over the channels, each with scale, bias and activation.
+
+    Args:
+      x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW".
+      depthwise_kernel: (kh, kw, 1, C * multiplier).
+      pointwise_kernel: (1, 1, C * multiplier, F), or (C * multiplier, F).
+      strides: of the depthwise convolution, as are padding and dilation; see `depthwise_conv2d`.
+      padding: see `depthwise_conv2d`.
+      dilation: see `depthwise_conv2d`.
+      depthwise_scale: (C * multiplier,) or (), or None.
+      depthwise_bias: (C * multiplier,) or (), or None.
+      depthwise_activation: see `depthwise_conv2d`.
+      pointwise_scale: (F,) or (), or None.
+      pointwise_bias: (F,) or (), or None.
+      pointwise_activation: see `depthwise_conv2d`.
+      precision: of the matrix product, as for `jax.lax.dot_general`.
+      data_format: "NHWC" (the default) or "NCHW".
+      preferred_element_type: dtype of the result and of what lies between the two halves; by default the promoted dtype of x and
+        both kernels. The matrix product takes its operands in this dtype and sums in float32.
+
+    Returns:
+      (..., H', W', F) or (..., F, H', W').
+
+    Raises:
+      ValueError, TypeError: as `depthwise_conv2d`.
+    """
+    pointwise_kernel = _arguments.floating_array("pointwise_kernel", pointwise_kernel)
+    dtype = _arguments.result_dtype(
+        preferred_element_type, _arguments.floating_array("x", x), depthwise_kernel, pointwise_kernel
+    )
+    y = depthwise_conv2d(
+        x,
+        depthwise_kernel,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        scale=depthwise_scale,
+        bias=depthwise_bias,
+        activation=depthwise_activation,
+        data_format=data_format,
+        preferred_element_type=dtype,
+    )
+    channel_axis = y.ndim - 1 if _arguments.data_format(data_format, 2) == "NHWC" else y.ndim - 3
+    return _pointwise(
+        y, pointwise_kernel, channel_axis, pointwise_scale, pointwise_bias, pointwise_activation, precision, dtype
+    )
+
+
+def _pointwise(y, kernel, channel_axis, scale, bias, activation, precision, out_dtype):
+    channels = y.shape[channel_axis]
+    if kernel.shape[-2:-1] != (channels,) or kernel.shape[:-2] not in ((), (1, 1)):
+        raise ValueError(
+            f"pointwise_kernel must have shape (1, 1, {channels}, F) or ({channels}, F) to follow a depthwise result with {channels} "
+            f"channels, got {kernel.shape}"
+        )
+    features = kernel.shape[-1]
+    scale = _arguments.channel_vector("pointwise_scale", scale, features)
+    bias = _arguments.channel_vector("pointwise_bias", bias, features)
+    kernel = kernel.reshape(channels, features).astype(out_dtype)
+    accumulator = _epilogue.accumulator_dtype(out_dtype)
+    contract = (((channel_axis,), (0,)), ((), ()))
+    y = lax.dot_general(y, kernel, contract, precision=precision, preferred_element_type=accumulator)
+    y = jnp.moveaxis(y, -1, channel_axis)
+    return _epilogue.apply(y, scale, bias, activation, channel_axis, out_dtype)
