@@ -6,8 +6,8 @@
 
 namespace dwsconv::cpu::DWSCONV_ISA {
 
-// Result position p + q * phases gathers source positions q * step + offset over the taps of phase p. A convolution has one
-// phase and step = stride; its input gradient has `stride` phases, between which the taps are divided, and step 1.
+// Result position p + q * phases gathers source positions q * step + offset over the taps of phase p. A convolution has
+// one phase and step = stride; its input gradient has `stride` phases, between which the taps are divided, and step 1.
 class Axis {
  public:
   static Axis Forward(int64_t kernel, int64_t stride, int64_t dilation, int64_t pad, int64_t size) {

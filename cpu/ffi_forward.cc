@@ -1,6 +1,5 @@
-#include "cpu/handlers.h"
-
 #include "cpu/ffi_handler.h"
+#include "cpu/handlers.h"
 
 namespace dwsconv::cpu {
 
@@ -11,8 +10,8 @@ static ffi::Error ForwardImpl(ffi::ThreadPool pool, ffi::Dictionary attrs, ffi::
   return RunKernel("forward", BestKernels().forward, pool, attrs, /*x=*/x, /*filter=*/filter, /*y=*/*y, x, filter, *y);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Forward, ForwardImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<
-                                  ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    Forward, ForwardImpl,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 
 }  // namespace dwsconv::cpu

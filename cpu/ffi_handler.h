@@ -13,15 +13,18 @@ namespace dwsconv::cpu {
 using Kernel = bool (*)(const Problem&, const void*, const void*, void*, Parallel&);
 
 // Decodes the operator whose input, filter and output are these buffers, and runs it on its operands a and b.
-inline xla::ffi::Error RunKernel(const char* op, Kernel kernel, xla::ffi::ThreadPool pool, const xla::ffi::Dictionary& attrs,
-                                 const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter, const xla::ffi::AnyBuffer& y,
-                                 const xla::ffi::AnyBuffer& a, const xla::ffi::AnyBuffer& b, xla::ffi::AnyBuffer& result) {
+inline xla::ffi::Error RunKernel(const char* op, Kernel kernel, xla::ffi::ThreadPool pool,
+                                 const xla::ffi::Dictionary& attrs, const xla::ffi::AnyBuffer& x,
+                                 const xla::ffi::AnyBuffer& filter, const xla::ffi::AnyBuffer& y,
+                                 const xla::ffi::AnyBuffer& a, const xla::ffi::AnyBuffer& b,
+                                 xla::ffi::AnyBuffer& result) {
   const auto problem = DecodeProblem(op, attrs, x, filter, y);
   if (!problem) return problem.error();
   if (result.element_count() == 0) return xla::ffi::Error::Success();
   PoolParallel parallel(pool);
   if (!kernel(*problem, a.untyped_data(), b.untyped_data(), result.untyped_data(), parallel)) {
-    return xla::ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) + ": no CPU kernel for this combination of dtypes");
+    return xla::ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) +
+                                            ": no CPU kernel for this combination of dtypes");
   }
   return xla::ffi::Error::Success();
 }

@@ -1,4 +1,5 @@
-// The filter as (group, row, column, output channel) in the accumulator dtype, converted or transposed only where needed.
+// The filter as (group, row, column, output channel) in the accumulator dtype, converted or transposed only where
+// needed.
 #ifndef JAX_DWSCONV_CPU_FILTER_H_
 #define JAX_DWSCONV_CPU_FILTER_H_
 

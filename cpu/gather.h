@@ -24,7 +24,9 @@ struct Gather {
   const Axis &rows, &cols;
 
   int64_t filter_channels() const { return result_channels * fold; }
-  int64_t macs_per_row() const { return result_w * filter_channels() * kernel_h * kernel_w / (rows.phases() * cols.phases()) + 1; }
+  int64_t macs_per_row() const {
+    return result_w * filter_channels() * kernel_h * kernel_w / (rows.phases() * cols.phases()) + 1;
+  }
 };
 
 // One row of results: which source rows it reads, with which filter rows.
@@ -51,11 +53,12 @@ class RowTaps {
   Buffer<const A*> filter_;
 };
 
-// ---- NHWC: lanes along the channels ------------------------------------------------------------------------------------------
+// ---- NHWC: lanes along the channels ----
 
 // kColumns neighbouring results of one phase times one vector of channels, all taps inside the image.
 template <class A, class S, class R, int kColumns>
-DWSCONV_INLINE void InteriorTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
+DWSCONV_INLINE void InteriorTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c,
+                                 R* result) {
   const int64_t column = g.cols.step() * g.source.w, start = q * column + c;
   Vec<A> sum[kColumns] = {};
   for (int64_t i = 0; i < taps.count(); ++i) {
@@ -80,7 +83,8 @@ void BorderTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
     const int64_t column = q * g.cols.step() + g.cols.offset(j);
     if (column < 0 || column >= g.source_w) continue;
     for (int64_t i = 0; i < taps.count(); ++i) {
-      sum += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) * Load<A>(taps.source(i) + column * g.source.w + c);
+      sum += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) *
+             Load<A>(taps.source(i) + column * g.source.w + c);
     }
   }
   Store<A>(result + c, sum);
@@ -145,17 +149,17 @@ void GatherChannelsLast(const Gather& g, const S* source, const A* filter, R* re
   const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_channels();
   ParallelFor(parallel, g.images * g.result_h, CeilDiv(kMacsPerTask, g.macs_per_row()), [&](int64_t task) {
     const int64_t image = task / g.result_h, row = task % g.result_h;
-    const RowTaps<A, S> taps(g, row, source + image * g.source.n, g.source.h,
-                             filter + image / per_group * filter_size);
+    const RowTaps<A, S> taps(g, row, source + image * g.source.n, g.source.h, filter + image / per_group * filter_size);
     GatherRow<A>(g, taps, result + image * g.result.n + row * g.result.h);
   });
 }
 
-// ---- NCHW: lanes along W -----------------------------------------------------------------------------------------------------
+// ---- NCHW: lanes along W ----
 
 // kVectors vectors of results, kept in registers over all taps of one source plane.
 template <class A, int kVectors>
-DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const StagedColumns& staged, int64_t phase, int64_t q, A* sum) {
+DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const StagedColumns& staged, int64_t phase,
+                              int64_t q, A* sum) {
   constexpr int kVector = kLanes<A>;
   Vec<A> total[kVectors];
 #pragma GCC unroll 4
@@ -163,7 +167,7 @@ DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const 
   for (int64_t i = 0; i < taps.count(); ++i) {
     for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
       const A weight = taps.filter(i)[g.cols.tap(j) * g.filter_channels()];
-      const A* from = taps.source(i) + staged.At(g.cols.offset(j)) + q;
+      const A* from = taps.source(i) + staged.At(j) + q;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) total[v] += weight * Load<A>(from + v * kVector);
     }
@@ -174,7 +178,8 @@ DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const 
 
 // A strip of result rows of one plane.
 template <class A, class S, class R>
-void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t channel, int64_t first, int64_t last, R* plane) {
+void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t channel, int64_t first, int64_t last,
+                 R* plane) {
   constexpr int64_t kVector = kLanes<A>;
   const int64_t phases = g.cols.phases(), padded = CeilDiv(g.cols.results(0), kVector) * kVector;
   Buffer<A> sums((last - first) * phases * padded);
@@ -223,7 +228,8 @@ void GatherChannelsFirst(const Gather& g, const S* source, const A* filter, R* r
 }
 
 template <class A, class S, class R>
-void RunGather(const Problem& p, const Gather& g, const void* source, const void* filter, void* result, Parallel& parallel) {
+void RunGather(const Problem& p, const Gather& g, const void* source, const void* filter, void* result,
+               Parallel& parallel) {
   const PackedFilter<A> packed(p, filter);
   const S* from = static_cast<const S*>(source);
   R* to = static_cast<R*>(result);
@@ -235,8 +241,8 @@ void RunGather(const Problem& p, const Gather& g, const void* source, const void
 }
 
 // Calls RunGather for the dtypes of source and result, where there is an instance.
-inline bool DispatchGather(const Problem& p, const Gather& g, Dtype source_dtype, Dtype result_dtype, const void* source,
-                           const void* filter, void* result, Parallel& parallel) {
+inline bool DispatchGather(const Problem& p, const Gather& g, Dtype source_dtype, Dtype result_dtype,
+                           const void* source, const void* filter, void* result, Parallel& parallel) {
   const auto is = [&](Dtype s, Dtype r) { return source_dtype == s && result_dtype == r; };
   const auto run = [&](auto instance) {
     instance(p, g, source, filter, result, parallel);

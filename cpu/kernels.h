@@ -7,8 +7,9 @@
 
 namespace dwsconv::cpu {
 
-// Each operator takes its two operands and the result in the order of its name's definition (see jax_dwsconv/primitives.py) and
-// returns false where it has no instance for the dtypes. Results do not depend on the number of threads.
+// Each operator takes its two operands and the result in the order of its name's definition (see
+// jax_dwsconv/primitives.py) and returns false where it has no instance for the dtypes. Results do not depend on the
+// number of threads.
 struct Kernels {
   const char* isa;
   bool (*forward)(const Problem&, const void* x, const void* filter, void* y, Parallel&);

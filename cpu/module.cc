@@ -18,6 +18,8 @@ NB_MODULE(_cpu, m) {
         return handlers;
       },
       "XLA FFI handlers by operator name.");
-  m.def("isa", [] { return dwsconv::cpu::BestKernels().isa; }, "The instruction set that the kernels use on this machine.");
+  m.def(
+      "isa", [] { return dwsconv::cpu::BestKernels().isa; },
+      "The instruction set that the kernels use on this machine.");
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

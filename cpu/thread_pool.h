@@ -12,8 +12,8 @@
 
 namespace dwsconv::cpu {
 
-// The calling thread works too and waits only for tasks that other threads have begun. It never waits for a thread that has yet
-// to come, so handlers that fill the whole pool cannot block one another.
+// The calling thread works too and waits only for tasks that other threads have begun. It never waits for a thread that
+// has yet to come, so handlers that fill the whole pool cannot block one another.
 class PoolParallel final : public Parallel {
  public:
   explicit PoolParallel(xla::ffi::ThreadPool& pool) : pool_(pool) {}

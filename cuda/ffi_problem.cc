@@ -61,10 +61,12 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   const auto layout = attrs.get<std::string_view>("layout");
   const auto filter_layout = attrs.get<std::string_view>("filter_layout");
   if (!strides || !padding || !dilation || !layout || !filter_layout || attrs.size() != kAttributeCount) {
-    return Invalid(op, "the attributes must be strides, padding, dilation, layout and filter_layout; this call has " +
-                           std::to_string(attrs.size()) +
-                           " attributes. It was written by another version of jax-dwsconv: install the version it was exported with "
-                           "or a newer one");
+    return Invalid(
+        op,
+        "the attributes must be strides, padding, dilation, layout and filter_layout; this call has " +
+            std::to_string(attrs.size()) +
+            " attributes. It was written by another version of jax-dwsconv: install the version it was exported with "
+            "or a newer one");
   }
   if (strides->size() != 2 || padding->size() != 4 || dilation->size() != 2 || !AllWithin(*strides, 1, kMaxWindow) ||
       !AllWithin(*padding, -kMaxWindow, kMaxWindow) || !AllWithin(*dilation, 1, kMaxWindow)) {
@@ -77,8 +79,10 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
 
   const Dims xd = x.dimensions(), fd = filter.dimensions(), yd = y.dimensions();
   const std::string shapes = "input " + Show(xd) + ", filter " + Show(fd) + ", output " + Show(yd);
-  if (xd.size() != 4 || fd.size() != 4 || yd.size() != 4) return Invalid(op, "all operands must have rank 4: " + shapes);
-  const auto x_dtype = DtypeOf(x.element_type()), filter_dtype = DtypeOf(filter.element_type()), y_dtype = DtypeOf(y.element_type());
+  if (xd.size() != 4 || fd.size() != 4 || yd.size() != 4)
+    return Invalid(op, "all operands must have rank 4: " + shapes);
+  const auto x_dtype = DtypeOf(x.element_type()), filter_dtype = DtypeOf(filter.element_type()),
+             y_dtype = DtypeOf(y.element_type());
   if (!x_dtype || !filter_dtype || !y_dtype) return Invalid(op, "dtypes must be float32, float64, bfloat16 or float16");
 
   const int h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
@@ -110,8 +114,9 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
 
   const int64_t filter_channels = tap_major ? fd[3] : fd[1];
   const bool sizes_agree =
-      yd[0] == p.batch && yd[c] == p.out_channels() && filter_channels == p.out_channels() && p.kernel_h >= 1 && p.kernel_w >= 1 &&
-      p.kernel_h <= kMaxWindow && p.kernel_w <= kMaxWindow && p.groups >= 1 && p.batch % p.groups == 0 &&
+      yd[0] == p.batch && yd[c] == p.out_channels() && filter_channels == p.out_channels() && p.kernel_h >= 1 &&
+      p.kernel_w >= 1 && p.kernel_h <= kMaxWindow && p.kernel_w <= kMaxWindow && p.groups >= 1 &&
+      p.batch % p.groups == 0 &&
       p.out_h == OutputSize(p.in_h, (*padding)[0], (*padding)[1], p.kernel_h, p.stride_h, p.dilation_h) &&
       p.out_w == OutputSize(p.in_w, (*padding)[2], (*padding)[3], p.kernel_w, p.stride_w, p.dilation_w);
   if (!sizes_agree) return Invalid(op, "the sizes do not describe one convolution: " + shapes);

@@ -1,8 +1,15 @@
-// One plain struct that describes a depthwise convolution. The planner, the CUDA kernels and the CPU kernels all take it.
+// One plain struct that describes a depthwise convolution. The planner, the CUDA kernels and the CPU kernels all take
+// it.
 #ifndef JAX_DWSCONV_CUDA_PROBLEM_H_
 #define JAX_DWSCONV_CUDA_PROBLEM_H_
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define DWSCONV_HOST_DEVICE __host__ __device__
+#else
+#define DWSCONV_HOST_DEVICE
+#endif
 
 namespace dwsconv {
 
@@ -13,9 +20,10 @@ struct Strides {
   int64_t n, h, w, c;
 };
 
-// y[n, oh, ow, o] = sum over i, j of x[n, oh * stride_h + i * dilation_h - pad_top, ow * stride_w + j * dilation_w - pad_left,
-// o / multiplier] * filter[n / (batch / groups), i, j, o]. The three operators differ only in which of x, filter and y they
-// compute, so all of them are described by these fields, always named from the forward convolution's point of view.
+// y[n, oh, ow, o] = sum over i, j of x[n, oh * stride_h + i * dilation_h - pad_top, ow * stride_w + j * dilation_w -
+// pad_left, o / multiplier] * filter[n / (batch / groups), i, j, o]. The three operators differ only in which of x,
+// filter and y they compute, so all of them are described by these fields, always named from the forward convolution's
+// point of view.
 struct Problem {
   int64_t batch;         // images in all groups together
   int64_t groups;        // image n uses filter n / (batch / groups)
@@ -34,11 +42,17 @@ struct Problem {
 
   Dtype x_dtype, filter_dtype, y_dtype;
 
-  int64_t out_channels() const { return channels * multiplier; }
-  int64_t images_per_group() const { return groups > 0 ? batch / groups : 0; }
-  int64_t filter_elements() const { return groups * kernel_h * kernel_w * out_channels(); }
-  int64_t x_elements() const { return batch * in_h * in_w * channels; }
-  int64_t y_elements() const { return batch * out_h * out_w * out_channels(); }
+  DWSCONV_HOST_DEVICE int64_t out_channels() const { return channels * multiplier; }
+  DWSCONV_HOST_DEVICE int64_t images_per_group() const { return batch / groups; }
+  DWSCONV_HOST_DEVICE int64_t filter_elements() const { return groups * kernel_h * kernel_w * out_channels(); }
+  DWSCONV_HOST_DEVICE int64_t x_elements() const { return batch * in_h * in_w * channels; }
+  DWSCONV_HOST_DEVICE int64_t y_elements() const { return batch * out_h * out_w * out_channels(); }
+
+  // Without a division in the usual case.
+  DWSCONV_HOST_DEVICE int64_t group_of(int64_t image) const { return groups == 1 ? 0 : image / images_per_group(); }
+  DWSCONV_HOST_DEVICE int64_t input_channel(int64_t out_channel) const {
+    return multiplier == 1 ? out_channel : out_channel / multiplier;
+  }
 };
 
 }  // namespace dwsconv

@@ -1,4 +1,7 @@
-"""Checks and normal forms of the arguments of the public functions. Every error names the argument and what would work."""
+"""Checks and normal forms of the arguments of the public functions.
+
+Every error names the argument and says what would work.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -25,11 +28,16 @@ def as_int(name: str, value, smallest: int) -> int:
     return number
 
 
+def _has_length(value) -> bool:
+    """Whether the value has elements: not so a scalar array, although it has a method for it."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) != 0
+
+
 def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One int of at least 1 for every spatial axis; a single int, or None for 1, stands for all of them."""
     if value is None:
         return (1,) * rank
-    if not isinstance(value, Sequence) and not hasattr(value, "__len__"):
+    if not _has_length(value):
         return (as_int(name, value, 1),) * rank
     if len(value) != rank:
         raise ValueError(f"{name} must be an int or {rank} ints, one for every spatial axis, got {value!r}")
@@ -40,8 +48,8 @@ def padding_pairs(padding, size, kernel_size, strides, dilation) -> tuple[tuple[
     """(low, high) for every spatial axis.
 
     Args:
-      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (one spatial axis), an int for both sides of all axes, or for every axis an
-        int or a (low, high) pair. Pairs may be negative.
+      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (one spatial axis), an int for both sides of all axes, or for
+        every axis an int or a (low, high) pair. Pairs may be negative.
       size: spatial size of the input.
       kernel_size: spatial size of the kernel.
       strides: of the window.
@@ -57,12 +65,15 @@ def padding_pairs(padding, size, kernel_size, strides, dilation) -> tuple[tuple[
             return tuple(same_padding(*axis, lower=name == "SAME_LOWER") for axis in axes)
         if name == "CAUSAL":
             if rank != 1:
-                raise ValueError(f"padding='CAUSAL' is for one spatial axis, this convolution has {rank}; use (low, high) pairs")
+                raise ValueError(
+                    f"padding='CAUSAL' is for one spatial axis, this convolution has {rank}; use (low, high) pairs"
+                )
             return ((dilation[0] * (kernel_size[0] - 1), 0),)
         raise ValueError(
-            f"padding={padding!r} is unknown; use 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (1d), an int or (low, high) pairs"
+            f"padding={padding!r} is unknown; use 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (1d), an int or "
+            "(low, high) pairs"
         )
-    if not isinstance(padding, Sequence) and not hasattr(padding, "__len__"):
+    if not _has_length(padding):
         return ((as_int("padding", padding, -_LARGEST),) * 2,) * rank
     if len(padding) != rank:
         raise ValueError(f"padding must have one entry for each of the {rank} spatial axes, got {padding!r}")
@@ -70,7 +81,7 @@ def padding_pairs(padding, size, kernel_size, strides, dilation) -> tuple[tuple[
 
 
 def _pair(entry) -> tuple[int, int]:
-    if not isinstance(entry, Sequence) and not getattr(entry, "ndim", 0):
+    if not _has_length(entry):
         return (as_int("padding", entry, -_LARGEST),) * 2
     if len(entry) != 2:
         raise ValueError(f"padding: every axis needs an int or a (low, high) pair, got {entry!r}")
@@ -81,7 +92,7 @@ def floating_array(name: str, value) -> jax.Array:
     """The value as an array of a floating dtype."""
     try:
         array = jnp.asarray(value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must have a floating dtype (float32, bfloat16, float16, float64), got {array.dtype}")
@@ -94,7 +105,9 @@ def channel_vector(name: str, value, channels: int) -> jax.Array | None:
         return None
     array = floating_array(name, value)
     if array.shape not in ((), (channels,)):
-        raise ValueError(f"{name} must have shape ({channels},), one element for every output channel, or (), got {array.shape}")
+        raise ValueError(
+            f"{name} must have shape ({channels},), one element for every output channel, or (), got {array.shape}"
+        )
     return array
 
 

@@ -1,7 +1,7 @@
 """The environment variables, read whenever a function is traced.
 
-JAX_DWSCONV_DISABLE=1 routes everything to `jax.lax`. JAX_DWSCONV_FALLBACK says what happens where a depthwise convolution that
-has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error".
+JAX_DWSCONV_DISABLE=1 routes everything to `jax.lax`. JAX_DWSCONV_FALLBACK says what happens where a depthwise
+convolution that has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error".
 """
 
 import os

@@ -18,7 +18,9 @@ _BY_NAME = {
 
 
 def activation_name(activation: Activation) -> str | None:
-    """The name of a known activation, given by name or as the function of jax.nn (flax exports the same); None for any other.
+    """The name of a known activation, None for any other function.
+
+    Known are the names, and the functions of jax.nn that they stand for (flax exports the same).
 
     Raises:
       ValueError: an unknown name.
@@ -27,14 +29,14 @@ def activation_name(activation: Activation) -> str | None:
     if isinstance(activation, str):
         if activation not in _BY_NAME:
             known = ", ".join(map(repr, _BY_NAME))
-            raise ValueError(f"activation={activation!r} is unknown; use one of {known}, a function of one array, or None")
+            raise ValueError(
+                f"activation={activation!r} is unknown; use one of {known}, a function of one array, or None"
+            )
         return activation
     if activation is None:
         return None
     if not callable(activation):
-        raise TypeError(
-            f"activation must be a name, a function of one array or None, got {type(activation).__name__}"
-        )
+        raise TypeError(f"activation must be a name, a function of one array or None, got {type(activation).__name__}")
     return next((name for name, function in _BY_NAME.items() if function is activation), None)
 
 

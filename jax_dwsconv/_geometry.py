@@ -51,7 +51,11 @@ class Window(NamedTuple):
 
     def filter_shape(self, groups, kernel_size, out_channels) -> tuple:
         """The shape of a filter."""
-        return (groups, *kernel_size, out_channels) if self.filter_layout == "HWO" else (groups, out_channels, *kernel_size)
+        return (
+            (groups, *kernel_size, out_channels)
+            if self.filter_layout == "HWO"
+            else (groups, out_channels, *kernel_size)
+        )
 
     def output_size(self, size, kernel_size) -> Size:
         """(height, width) of the convolution's result: lax's rule, 0 where the window does not fit."""

@@ -26,7 +26,16 @@ def load(platform: str) -> ModuleType | ImportError:
 
 
 def register() -> None:
-    """Makes the handlers of every module that loads known to XLA. XLA looks them up when it compiles."""
+    """Makes the handlers of every module that loads known to XLA. XLA looks them up when it compiles.
+
+    Raises:
+      ImportError: the CPU module, which every installation has, does not load.
+    """
+    if isinstance(error := load("cpu"), ImportError):
+        raise ImportError(
+            f"jax_dwsconv is not installed completely: {error}. If this is its source tree, install it ('pip install "
+            ".') and run Python from another directory or with -P, or use 'make test' and 'make demo'."
+        ) from error
     for platform, xla_platform in _XLA_PLATFORMS.items():
         module = load(platform)
         if isinstance(module, ModuleType):
@@ -37,21 +46,24 @@ def register() -> None:
 def why_unavailable(platform: str) -> str | None:
     """Why the kernels of a platform cannot be used here, or None where they can.
 
-    For "cuda" the driver and every visible device are compared with what the module was compiled for. Where no device is
-    visible there is nothing to compare: code may be lowered here for another machine.
+    For "cuda" the driver and every visible device are compared with what the module was compiled for. Where no device
+    is visible there is nothing to compare: code may be lowered here for another machine.
     """
     module = load(platform)
     if isinstance(module, ImportError):
         return f"the native module _{platform} is not installed ({module})"
     if platform == "cuda":
         return cuda_mismatch(
-            module.driver_version(), module.device_capabilities(), module.toolkit_version, module.architectures
+            module.driver_version(),
+            module.device_capabilities(),
+            module.toolkit_version,
+            module.architectures.split(";"),
         )
     return None
 
 
 def cuda_mismatch(
-    driver: int, capabilities: list[tuple[int, int]], toolkit: int, architectures: list[tuple[str, int]]
+    driver: int, capabilities: list[tuple[int, int]], toolkit: int, architectures: list[str]
 ) -> str | None:
     """Why machine code does not run on these devices, or None where it does.
 
@@ -59,31 +71,32 @@ def cuda_mismatch(
       driver: the newest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.
       capabilities: (major, minor) of every visible device.
       toolkit: the CUDA version of the compiler, in the driver's notation.
-      architectures: ("real" or "virtual", 10 * major + minor) of everything that was compiled.
+      architectures: everything that was compiled, as "90-real" for machine code and "80-virtual" for PTX.
     """
     if not capabilities:
         return None
     if driver // 1000 < toolkit // 1000:
         return (
-            f"the driver knows CUDA {_show(driver)}, but the kernels were built with CUDA {_show(toolkit)}: "
-            f"update the driver, or build with CUDA {driver // 1000}"
+            f"the driver knows CUDA {show_cuda_version(driver)}, but the kernels were built with CUDA "
+            f"{show_cuda_version(toolkit)}: update the driver, or build with CUDA {driver // 1000}"
         )
+    compiled = [(kind, int(number)) for number, kind in (arch.split("-") for arch in architectures)]
     for major, minor in capabilities:
         runs_machine_code = any(
-            kind == "real" and arch // 10 == major and arch % 10 <= minor for kind, arch in architectures
+            kind == "real" and arch // 10 == major and arch % 10 <= minor for kind, arch in compiled
         )
         # The driver compiles PTX for a newer device, unless the PTX is newer than the driver.
         runs_ptx = driver >= toolkit and any(
-            kind == "virtual" and arch <= 10 * major + minor for kind, arch in architectures
+            kind == "virtual" and arch <= 10 * major + minor for kind, arch in compiled
         )
         if not (runs_machine_code or runs_ptx):
-            built = ", ".join(f"{'sm' if kind == 'real' else 'compute'}_{arch}" for kind, arch in architectures)
             return (
-                f"a visible GPU has compute capability {major}.{minor}, but the kernels were built for {built}: "
-                f"build with JAX_DWSCONV_CUDA_ARCHITECTURES={major}{minor}"
+                f"a visible GPU has compute capability {major}.{minor}, but the kernels were built for "
+                f"{', '.join(architectures)}: build with JAX_DWSCONV_CUDA_ARCHITECTURES={major}{minor}"
             )
     return None
 
 
-def _show(version: int) -> str:
+def show_cuda_version(version: int) -> str:
+    """A CUDA version in NVIDIA's integer notation as "13.0"."""
     return f"{version // 1000}.{version % 1000 // 10}"

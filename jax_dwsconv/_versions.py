@@ -19,8 +19,9 @@ def check() -> None:
         found = importlib.metadata.version(name)
         if not is_supported(found):
             oldest, newest = (".".join(map(str, v)) for v in (OLDEST_JAX, NEWEST_JAX))
+            after = f"{NEWEST_JAX[0]}.{NEWEST_JAX[1] + 1}"
             raise ImportError(
                 f"jax-dwsconv {PACKAGE} works with {name} {oldest} to {newest}, but {name} {found} is installed. "
-                f"Install one of those versions ('pip install \"jax>={oldest},<{NEWEST_JAX[0]}.{NEWEST_JAX[1] + 1}\"'), "
-                "or another version of jax-dwsconv."
+                f"Install one of those versions ('pip install \"jax>={oldest},<{after}\"') or another version of "
+                "jax-dwsconv."
             )

@@ -1,6 +1,7 @@
 """Depthwise convolutions: the drop-in for lax, and functions in the field's usual terms."""
 
 import functools
+import math
 import operator
 
 import jax
@@ -29,11 +30,11 @@ def conv_general_dilated(
 ):
     """Drop-in for `jax.lax.conv_general_dilated`: the same signature and results.
 
-    Takes this package's kernels where it is a depthwise convolution (`feature_group_count` equals the input channels, the kernel
-    has one input feature) with one or two spatial dimensions, floating dtypes, and activations in NHWC, NCHW, NWC or NCW order.
-    The kernel may have any order. `lhs_dilation` (a transposed convolution) is supported where all strides are 1. Sums are kept
-    in float32 at any `precision`. Everything else goes to lax: silently where it is not depthwise, as
-    JAX_DWSCONV_FALLBACK says where it is.
+    Takes this package's kernels where it is a depthwise convolution (`feature_group_count` equals the input channels,
+    the kernel has one input feature) with one or two spatial dimensions, floating dtypes, and activations in NHWC,
+    NCHW, NWC or NCW order. The kernel may have any order. `lhs_dilation` (a transposed convolution) is supported where
+    all strides are 1. Sums are kept in float32 at any `precision`. Everything else goes to lax: silently where it is
+    not depthwise, as JAX_DWSCONV_FALLBACK says where it is.
 
     Args:
       lhs: input with batch, channel and spatial dimensions.
@@ -76,16 +77,18 @@ def conv_general_dilated(
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     rank = lhs.ndim - 2
     try:
-        strides, input_dilation, dilation = (
-            _lax_sizes(sizes, rank) for sizes in (window_strides, lhs_dilation, rhs_dilation)
-        )
+        sizes = [_lax_sizes(sizes, rank) for sizes in (window_strides, lhs_dilation, rhs_dilation)]
+        padding = padding if isinstance(padding, str) else _lax_padding(padding, rank)
     except (TypeError, ValueError):
         return in_lax()  # not a valid call: the error is lax's
+    numbers, padding, (strides, input_dilation, dilation) = _in_memory_order(numbers, padding, sizes)
     if reason := _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_element_type, out_sharding):
         _config.fall_back(reason)
         return in_lax()
-    if lhs.dtype != rhs.dtype or isinstance(padding, int) or (isinstance(padding, str) and max(input_dilation) > 1):
+    if _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type):
         return in_lax()  # likewise
+    if precision is not None:
+        jax.eval_shape(in_lax)  # likewise: the kernels have one precision, but lax knows which are valid
 
     data_format = _LAYOUTS[numbers.lhs_spec]
     lhs, (rhs, filter_layout) = jnp.asarray(lhs), _as_filter(jnp.asarray(rhs), numbers.rhs_spec)
@@ -108,7 +111,7 @@ def _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_
     channels = lhs.shape[numbers.lhs_spec[1]]
     outputs, inputs = (rhs.shape[axis] for axis in numbers.rhs_spec[:2])
     # A single input channel spread over many outputs is a dense convolution.
-    is_grouped = feature_group_count == channels and (channels != 1 or outputs == 1)
+    is_grouped = feature_group_count == channels > 0 and (channels != 1 or outputs == 1)
     return is_grouped and inputs == 1 and outputs > 0 and outputs % channels == 0
 
 
@@ -119,19 +122,41 @@ def _lax_sizes(sizes, rank: int) -> tuple[int, ...]:
     return sizes
 
 
+def _lax_padding(padding, rank: int) -> tuple[tuple[int, int], ...]:
+    pairs = tuple((operator.index(low), operator.index(high)) for low, high in padding)
+    if len(pairs) != rank:
+        raise ValueError(padding)
+    return pairs
+
+
+def _in_memory_order(numbers, padding, sizes):
+    """The same convolution with the spatial dimensions in the order that they have in the input, not in the kernel."""
+    order = sorted(range(len(numbers.lhs_spec) - 2), key=lambda i: numbers.lhs_spec[2 + i])
+    numbers = type(numbers)(*((*spec[:2], *(spec[2 + i] for i in order)) for spec in numbers))
+    padding = padding if isinstance(padding, str) else tuple(padding[i] for i in order)
+    return numbers, padding, [tuple(size[i] for i in order) for size in sizes]
+
+
 def _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_element_type, out_sharding) -> str | None:
     if lhs.ndim > 4:
         return f"{lhs.ndim - 2} spatial dimensions; 1 and 2 are supported"
     if numbers.lhs_spec not in _LAYOUTS or numbers.out_spec != numbers.lhs_spec:
         return f"dimension numbers {numbers}; NHWC, NCHW, NWC and NCW are supported, the same for input and output"
-    dtypes = (lhs.dtype, rhs.dtype) if preferred_element_type is None else (lhs.dtype, rhs.dtype, preferred_element_type)
+    dtypes = [lhs.dtype, rhs.dtype, *([] if preferred_element_type is None else [preferred_element_type])]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        return f"dtypes {', '.join(str(jnp.dtype(d)) for d in dtypes)}; float32, bfloat16, float16 and float64 are supported"
+        found = ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
+        return f"dtypes {found}; float32, bfloat16, float16 and float64 are supported"
     if max(input_dilation) > 1 and max(strides) > 1:
         return f"lhs_dilation {input_dilation} together with strides {strides}; either is supported alone"
     if out_sharding is not None:
         return "out_sharding; use jax.sharding.reshard on the result"
     return None
+
+
+def _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type) -> bool:
+    narrows = preferred_element_type is not None and jnp.dtype(preferred_element_type).itemsize < lhs.dtype.itemsize
+    string_with_dilation = isinstance(padding, str) and max(input_dilation) > 1
+    return lhs.dtype != rhs.dtype or narrows or string_with_dilation
 
 
 def _as_filter(rhs: jax.Array, rhs_spec) -> tuple[jax.Array, str]:
@@ -159,14 +184,16 @@ def depthwise_conv1d(
 
     Args:
       x: (..., W, C), or (..., C, W) with data_format="NCW"; any number of batch dimensions, none included.
-      kernel: (kw, 1, C * multiplier) in both formats, as flax holds it. Output channel c * multiplier + j reads channel c.
+      kernel: (kw, 1, C * multiplier) in both formats, as flax holds it. Output channel c * multiplier + j reads channel
+        c.
       strides: step of the window.
-      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (dilation * (kw - 1) zeros before), an int, or one (low, high) pair.
+      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (dilation * (kw - 1) zeros before), an int, or one (low, high)
+        pair.
       dilation: distance between the taps.
       bias: (C * multiplier,) or (), or None.
       scale: (C * multiplier,) or (), or None.
-      activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The functions of
-        `jax.nn` with these names are recognised; any other is applied to the rounded result.
+      activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The
+        functions of `jax.nn` with these names are recognised; any other is applied to the rounded result.
       data_format: "NWC" (the default) or "NCW".
       preferred_element_type: dtype of the result; by default the promoted dtype of x and kernel.
 
@@ -177,7 +204,7 @@ def depthwise_conv1d(
       ValueError: shapes, padding, data_format or the activation's name do not fit; the message names the argument.
       TypeError: a dtype is not floating, or an argument is of the wrong type.
     """
-    return _depthwise(
+    return depthwise(
         x, kernel, 1, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type
     )
 
@@ -199,14 +226,15 @@ def depthwise_conv2d(
 
     Args:
       x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW"; any number of batch dimensions, none included.
-      kernel: (kh, kw, 1, C * multiplier) in both formats, as flax holds it. Output channel c * multiplier + j reads channel c.
+      kernel: (kh, kw, 1, C * multiplier) in both formats, as flax holds it. Output channel c * multiplier + j reads
+        channel c.
       strides: step of the window, an int or (height, width).
       padding: "SAME", "SAME_LOWER", "VALID", an int, or for both axes an int or a (low, high) pair.
       dilation: distance between the taps, an int or (height, width).
       bias: (C * multiplier,) or (), or None.
       scale: (C * multiplier,) or (), or None.
-      activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The functions of
-        `jax.nn` with these names are recognised; any other is applied to the rounded result.
+      activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The
+        functions of `jax.nn` with these names are recognised; any other is applied to the rounded result.
       data_format: "NHWC" (the default) or "NCHW".
       preferred_element_type: dtype of the result; by default the promoted dtype of x and kernel.
 
@@ -217,7 +245,7 @@ def depthwise_conv2d(
       ValueError: shapes, padding, data_format or the activation's name do not fit; the message names the argument.
       TypeError: a dtype is not floating, or an argument is of the wrong type.
     """
-    return _depthwise(
+    return depthwise(
         x, kernel, 2, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type
     )
 
@@ -241,8 +269,8 @@ def depthwise_conv_transpose2d(
       x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW".
       kernel: (kh, kw, 1, C * multiplier) in both formats.
       strides: factor by which the result is larger, an int or (height, width).
-      padding: "SAME" (the result has `strides` times the size of x), "VALID", an int, or for both axes an int or a (low, high)
-        pair: the padding of the stride-1 convolution over the dilated x.
+      padding: "SAME" (the result has `strides` times the size of x), "VALID", an int, or for both axes an int or a
+        (low, high) pair: the padding of the stride-1 convolution over the dilated x.
       dilation: distance between the taps, an int or (height, width).
       bias: as for `depthwise_conv2d`.
       scale: as for `depthwise_conv2d`.
@@ -256,7 +284,7 @@ def depthwise_conv_transpose2d(
     Raises:
       ValueError, TypeError: as `depthwise_conv2d`.
     """
-    return _depthwise(
+    return depthwise(
         x,
         kernel,
         2,
@@ -272,7 +300,7 @@ def depthwise_conv_transpose2d(
     )
 
 
-def _depthwise(
+def depthwise(
     x,
     kernel,
     rank,
@@ -286,16 +314,18 @@ def _depthwise(
     preferred_element_type,
     *,
     transposed=False,
+    prefix="",
 ):
-    x, kernel = _arguments.floating_array("x", x), _arguments.floating_array("kernel", kernel)
+    """All of the public functions. `prefix` is what their caller puts before the names of kernel, scale and bias."""
+    x, kernel = _arguments.floating_array("x", x), _arguments.floating_array(f"{prefix}kernel", kernel)
     data_format = _arguments.data_format(data_format, rank)
     strides = _arguments.per_axis("strides", strides, rank)
     dilation = _arguments.per_axis("dilation", dilation, rank)
     out_dtype = _arguments.result_dtype(preferred_element_type, x, kernel)
-    _check_shapes(x, kernel, rank, data_format)
+    _check_shapes(x, kernel, rank, data_format, f"{prefix}kernel")
     channels = kernel.shape[-1]
-    scale = _arguments.channel_vector("scale", scale, channels)
-    bias = _arguments.channel_vector("bias", bias, channels)
+    scale = _arguments.channel_vector(f"{prefix}scale", scale, channels)
+    bias = _arguments.channel_vector(f"{prefix}bias", bias, channels)
     plain = _epilogue.is_empty(scale, bias, activation)
 
     spatial = slice(-rank - 1, -1) if data_format[-1] == "C" else slice(-rank, None)
@@ -306,7 +336,7 @@ def _depthwise(
         pairs = _arguments.padding_pairs(padding, x.shape[spatial], kernel_size, strides, dilation)
     batch = x.shape[: -rank - 1]
     y = (_convolve_transposed if transposed else _convolve)(
-        x.reshape(-1 if 0 not in x.shape else _product(batch), *x.shape[-rank - 1 :]),
+        x.reshape(math.prod(batch), *x.shape[-rank - 1 :]),
         jnp.squeeze(kernel, rank),
         strides,
         pairs,
@@ -319,22 +349,20 @@ def _depthwise(
     return y.reshape(*batch, *y.shape[1:])
 
 
-def _product(sizes) -> int:
-    return functools.reduce(operator.mul, sizes, 1)
-
-
-def _check_shapes(x, kernel, rank: int, data_format: str) -> None:
+def _check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:
     kernel_shape = "(kh, kw, 1, C * multiplier)" if rank == 2 else "(kw, 1, C * multiplier)"
     if x.ndim < rank + 1:
-        raise ValueError(f"x must have at least {rank + 1} dimensions, (..., {', '.join(data_format[1:])}), got shape {x.shape}")
+        raise ValueError(
+            f"x must have at least {rank + 1} dimensions, (..., {', '.join(data_format[1:])}), got shape {x.shape}"
+        )
     if kernel.ndim != rank + 2 or kernel.shape[rank] != 1 or 0 in kernel.shape[:rank]:
-        raise ValueError(f"kernel must have shape {kernel_shape}, got {kernel.shape}")
+        raise ValueError(f"{name} must have shape {kernel_shape}, got {kernel.shape}")
     channels = x.shape[-1 if data_format[-1] == "C" else -rank - 1]
     outputs = kernel.shape[-1]
     if (outputs != 0) if channels == 0 else (outputs == 0 or outputs % channels != 0):
         raise ValueError(
-            f"kernel of shape {kernel.shape} must have a positive multiple of the {channels} channels of x, which has shape "
-            f"{x.shape} in {data_format} format; expected {kernel_shape}"
+            f"{name} of shape {kernel.shape} must have a positive multiple of the {channels} channels of x, which has "
+            f"shape {x.shape} in {data_format} format; expected {kernel_shape}"
         )
 
 
@@ -343,7 +371,9 @@ def _transpose_padding(padding, kernel_size, strides, dilation):
     if not isinstance(padding, str):
         return _arguments.padding_pairs(padding, kernel_size, kernel_size, strides, dilation)
     if padding.upper() not in ("SAME", "VALID"):
-        raise ValueError(f"padding={padding!r} is not for transposed convolutions; use 'SAME', 'VALID', an int or (low, high) pairs")
+        raise ValueError(
+            f"padding={padding!r} is not for transposed convolutions; use 'SAME', 'VALID', an int or (low, high) pairs"
+        )
     pairs = []
     for k, s, d in zip(kernel_size, strides, dilation, strict=True):
         reach = d * (k - 1) + 1

@@ -2,18 +2,20 @@
 
 The operators, for a window with its strides, padding and dilation:
 
-    forward(x, kernel)     -> y    the depthwise convolution
-    grad_input(g, kernel)  -> x    its gradient by the input
+    forward(x, kernel)     -> y         the depthwise convolution
+    grad_input(g, kernel)  -> x         its gradient by the input
     grad_filter(x, g)      -> kernel    its gradient by the filter
 
-Shapes: x is (N, H, W, C) or (N, C, H, W), y and g the same with C * multiplier channels, kernel is (G, kh, kw, C * multiplier)
-or (G, C * multiplier, kh, kw), by `window.layout` and `window.filter_layout`. Output channel o reads input channel
-o // multiplier. Image n uses filter n // (N // G): a mapped filter or per-example gradients need no transposed activations.
+Shapes: x is (N, H, W, C) or (N, C, H, W), y and g the same with C * multiplier channels, kernel is
+(G, kh, kw, C * multiplier) or (G, C * multiplier, kh, kw), by `window.layout` and `window.filter_layout`. Output
+channel o reads input channel o // multiplier. Image n uses filter n // (N // G): a mapped filter or per-example
+gradients need no transposed activations.
 
-Dtypes: every operand has its own floating dtype and the result is `out_dtype`; sums are kept in float32 (float64 where an operand
-is float64). A cotangent has the dtype of what it is the cotangent of.
+Dtypes: every operand has its own floating dtype and the result is `out_dtype`; sums are kept in float32 (float64 where
+an operand is float64). A cotangent has the dtype of what it is the cotangent of.
 
-Source of the algorithm: Lu, Zhang, Wang, "Optimizing Depthwise Separable Convolution Operations on GPUs", IEEE TPDS 33(1), 2022.
+Source of the algorithm: Lu, Zhang, Wang, "Optimizing Depthwise Separable Convolution Operations on GPUs", IEEE TPDS
+33(1), 2022.
 """
 
 import functools
@@ -31,7 +33,7 @@ from jax_dwsconv._geometry import Window
 _LARGEST_SIZE = 2**63 - 1
 
 
-# Public entry points -----------------------------------------------------------------------------------------------------------
+# Public entry points --------------------------------------------------------------------------------------------------
 
 
 def forward(x: jax.Array, kernel: jax.Array, *, window: Window, out_dtype) -> jax.Array:
@@ -83,7 +85,7 @@ def _same_varying_axes(*operands):
     ]
 
 
-# Shape rules -------------------------------------------------------------------------------------------------------------------
+# Shape rules ----------------------------------------------------------------------------------------------------------
 
 
 def _forward_shape(x, kernel, *, window: Window, **_):
@@ -91,8 +93,8 @@ def _forward_shape(x, kernel, *, window: Window, **_):
     channels, out_channels = x.shape[window.channel_axis], kernel.shape[window.filter_channel_axis]
     if (out_channels % channels != 0) if _positive(channels) else (out_channels != 0):
         raise ValueError(
-            f"forward: kernel {kernel.shape} ({window.filter_layout}) has {out_channels} output channels, which must be a "
-            f"multiple of the {channels} channels of x {x.shape} ({window.layout})"
+            f"forward: kernel {kernel.shape} ({window.filter_layout}) has {out_channels} output channels, which must "
+            f"be a multiple of the {channels} channels of x {x.shape} ({window.layout})"
         )
     _check_groups("forward", kernel.shape[0], x)
     size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
@@ -104,8 +106,8 @@ def _grad_input_shape(g, kernel, *, window: Window, input_size, multiplier, **_)
     out_channels = g.shape[window.channel_axis]
     if kernel.shape[window.filter_channel_axis] != out_channels or out_channels % multiplier != 0:
         raise ValueError(
-            f"grad_input: g {g.shape} ({window.layout}) and kernel {kernel.shape} ({window.filter_layout}) must have the same "
-            f"number of channels, a multiple of {multiplier}"
+            f"grad_input: g {g.shape} ({window.layout}) and kernel {kernel.shape} ({window.filter_layout}) must have "
+            f"the same number of channels, a multiple of {multiplier}"
         )
     _check_groups("grad_input", kernel.shape[0], g)
     _check_output_size("grad_input", g, window, input_size, window.kernel_size(kernel.shape))
@@ -118,8 +120,8 @@ def _grad_filter_shape(x, g, *, window: Window, kernel_size, groups, **_):
     channels_agree = out_channels % channels == 0 if _positive(channels) else out_channels == 0
     if x.shape[0] != g.shape[0] or not channels_agree:
         raise ValueError(
-            f"grad_filter: x {x.shape} and g {g.shape} ({window.layout}) must have the same batch size, and g a multiple of the "
-            "channels of x"
+            f"grad_filter: x {x.shape} and g {g.shape} ({window.layout}) must have the same batch size, and g a "
+            "multiple of the channels of x"
         )
     _check_groups("grad_filter", groups, x)
     _check_output_size("grad_filter", g, window, window.spatial(x.shape), kernel_size)
@@ -138,19 +140,21 @@ def _check_ranks(op: str, **operands) -> None:
 
 def _check_groups(op: str, groups, operand) -> None:
     if groups == 0 or operand.shape[0] % groups != 0:
-        raise ValueError(f"{op}: the batch size of {operand.shape} must be a multiple of the number of filters, {groups}")
+        raise ValueError(
+            f"{op}: the batch size of {operand.shape} must be a multiple of the number of filters, {groups}"
+        )
 
 
 def _check_output_size(op: str, g, window: Window, input_size, kernel_size) -> None:
     expected = window.output_size(input_size, kernel_size)
     if window.spatial(g.shape) != expected:
         raise ValueError(
-            f"{op}: an input of size {tuple(input_size)} and a kernel of size {tuple(kernel_size)} give an output of size "
-            f"{expected}, but g has shape {g.shape} ({window.layout}); {window}"
+            f"{op}: an input of size {tuple(input_size)} and a kernel of size {tuple(kernel_size)} give an output of "
+            f"size {expected}, but g has shape {g.shape} ({window.layout}); {window}"
         )
 
 
-# Dtype rule, abstract evaluation -----------------------------------------------------------------------------------------------
+# Dtype rule, abstract evaluation --------------------------------------------------------------------------------------
 
 
 def _check_dtype(op: str, dtype) -> None:
@@ -182,10 +186,11 @@ grad_input_p = _primitive("grad_input", _grad_input_shape)
 grad_filter_p = _primitive("grad_filter", _grad_filter_shape)
 
 
-# JVP and transpose -------------------------------------------------------------------------------------------------------------
+# JVP and transpose ----------------------------------------------------------------------------------------------------
 #
-# A depthwise convolution is the trilinear form T(x, w, g) = <g, x * w>. Its three partial derivatives are the three primitives,
-# each bilinear, so that they are closed under transposition and every order of derivative is made of them alone:
+# A depthwise convolution is the trilinear form T(x, w, g) = <g, x * w>. Its three partial derivatives are the three
+# primitives, each bilinear, so that they are closed under transposition and every order of derivative is made of them
+# alone:
 #
 #     forward(x, w)     = dT/dg    transposes to grad_input (by x) and grad_filter (by w)
 #     grad_input(g, w)  = dT/dx    transposes to forward    (by g) and grad_filter (by w)
@@ -236,7 +241,7 @@ ad.defbilinear(grad_input_p, _grad_input_by_g, _grad_input_by_kernel)
 ad.defbilinear(grad_filter_p, _grad_filter_by_x, _grad_filter_by_g)
 
 
-# Batching ----------------------------------------------------------------------------------------------------------------------
+# Batching -------------------------------------------------------------------------------------------------------------
 #
 # A mapped axis is folded into the batch. A mapped filter makes a group of every element of the mapped axis.
 
@@ -256,31 +261,53 @@ def _unfold(result, size):
     return result.reshape(size, result.shape[0] // size, *result.shape[1:])
 
 
+def _mapped_size(operands, axes):
+    return next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+
+
+def _or_empty(rule):
+    """A batching rule for mapped axes of size 0 too, where there is nothing to fold."""
+
+    def batch(bind, operands, axes, **params):
+        if _mapped_size(operands, axes) != 0:
+            return rule(bind, operands, axes, **params)
+        single = [
+            jax.ShapeDtypeStruct([d for i, d in enumerate(x.shape) if i != axis], x.dtype)
+            for x, axis in zip(operands, axes, strict=True)
+        ]
+        result = jax.eval_shape(functools.partial(bind, **params), *single)
+        return jnp.zeros((0, *result.shape), result.dtype), 0
+
+    return batch
+
+
+@_or_empty
 def _batch_with_kernel(bind, operands, axes, **params):
     """forward and grad_input: an activation and a kernel."""
     (activation, kernel), (activation_axis, kernel_axis) = operands, axes
-    size = activation.shape[activation_axis] if activation_axis is not None else kernel.shape[kernel_axis]
+    size = _mapped_size(operands, axes)
     shares_kernel = kernel_axis is None and kernel.shape[0] == 1
     if not shares_kernel:
         kernel = _fold(_to_front(kernel, kernel_axis, size))
     return _unfold(bind(_fold(_to_front(activation, activation_axis, size)), kernel, **params), size), 0
 
 
-def _batch_grad_filter(operands, axes, *, groups, **params):
-    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+@_or_empty
+def _batch_grad_filter(bind, operands, axes, *, groups, **params):
+    size = _mapped_size(operands, axes)
     x, g = (_fold(_to_front(x, axis, size)) for x, axis in zip(operands, axes, strict=True))
-    return _unfold(grad_filter(x, g, groups=size * groups, **params), size), 0
+    return _unfold(bind(x, g, groups=size * groups, **params), size), 0
 
 
 batching.primitive_batchers[forward_p] = functools.partial(_batch_with_kernel, forward)
 batching.primitive_batchers[grad_input_p] = functools.partial(_batch_with_kernel, grad_input)
-batching.primitive_batchers[grad_filter_p] = _batch_grad_filter
+batching.primitive_batchers[grad_filter_p] = functools.partial(_batch_grad_filter, grad_filter)
 
 
-# Lowering ----------------------------------------------------------------------------------------------------------------------
+# Lowering -------------------------------------------------------------------------------------------------------------
 #
-# The handler reads all sizes from the buffers at run time; only the window travels as attributes. So symbolic sizes work, and so
-# does lowering on a machine without the GPU.
+# The handler reads all sizes from the buffers at run time; only the window travels as attributes. So symbolic sizes
+# work, and so does lowering on a machine without the GPU.
 
 
 def _attributes(window: Window) -> dict:
@@ -298,7 +325,9 @@ def _has_instance(input_dtype, filter_dtype, output_dtype) -> bool:
     if input_dtype == np.float64:
         return filter_dtype == output_dtype == np.float64
     allowed = (input_dtype, np.dtype(np.float32))
-    return input_dtype in (np.float32, jnp.bfloat16, jnp.float16) and filter_dtype in allowed and output_dtype in allowed
+    return (
+        input_dtype in (np.float32, jnp.bfloat16, jnp.float16) and filter_dtype in allowed and output_dtype in allowed
+    )
 
 
 def _common_dtype(*dtypes):
@@ -330,8 +359,18 @@ def _why_lax(platform: str, dtypes) -> str | None:
     if platform == "cuda" and np.dtype(np.float64) in dtypes:
         return "float64 has no CUDA kernel; use float32, bfloat16 or float16"
     if any(dtype not in (np.float64, np.float32, jnp.bfloat16, jnp.float16) for dtype in dtypes):
-        return f"no kernel for dtypes {', '.join(map(str, dtypes))}; use float32, bfloat16, float16, or float64 on the CPU"
-    return _native.why_unavailable(platform)
+        return (
+            f"no kernel for dtypes {', '.join(map(str, dtypes))}; use float32, bfloat16, float16, or float64 on the CPU"
+        )
+    return None if _is_for_another_machine(platform) else _native.why_unavailable(platform)
+
+
+def _is_for_another_machine(platform: str) -> bool:
+    """Whether code for this platform is lowered where it cannot run, say for export on a machine without a GPU."""
+    try:
+        return not jax.devices(platform)
+    except RuntimeError:
+        return True
 
 
 def _emit_plain(op: str, ctx, a, b, **attributes):
@@ -349,8 +388,8 @@ def _emit_with_workspace(op: str, ctx, a, b, **attributes):
 def workspace_shape(filter_shape) -> tuple:
     """Partial sums of grad_filter on a GPU: (splits, elements of the filter), float32.
 
-    The number of splits must be the same on every device. It bounds what the planner may use: as many as keep the workspace
-    at 16 MiB, from 8 to 256.
+    The number of splits must be the same on every device. It bounds what the planner may use: as many as keep the
+    workspace at 16 MiB, from 8 to 256.
     """
     elements = math.prod(filter_shape)
     splits = max(8, min(256, 2**22 // max(1, elements))) if isinstance(elements, int) else 32

@@ -1,4 +1,4 @@
-"""The three operators in plain `jax.lax`: the fallback, the lowering for platforms without kernels, and the tests' peer."""
+"""The three operators in plain `jax.lax`: the fallback, and the lowering for platforms without kernels."""
 
 import jax
 from jax import lax, numpy as jnp
@@ -51,10 +51,16 @@ def _convolve(x, kernel, window: Window, preferred_element_type=None):
         )
 
     groups = kernel.shape[0]
-    if x.shape[window.channel_axis] == 0 or kernel.size == 0:  # lax refuses a feature_group_count of 0
-        size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
-        return jnp.zeros(window.activation_shape(x.shape[0], size, 0), preferred_element_type or x.dtype)
+    size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
+    result_shape = window.activation_shape(x.shape[0], size, kernel.shape[window.filter_channel_axis])
+    if 0 in result_shape:  # lax refuses some of these
+        return _empty(x, kernel, result_shape, preferred_element_type or x.dtype)
     if groups == 1:
         return one_group(x, kernel[0])
     y = jax.vmap(one_group)(x.reshape(groups, -1, *x.shape[1:]), kernel)
     return y.reshape(x.shape[0], *y.shape[2:])
+
+
+def _empty(x, kernel, shape, dtype):
+    """An empty result that depends linearly on both operands, so that it can be transposed."""
+    return jnp.broadcast_to((x.sum() * kernel.sum()).astype(dtype), shape)

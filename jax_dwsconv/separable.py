@@ -5,7 +5,7 @@ from jax import lax, numpy as jnp
 
 from jax_dwsconv import _arguments, _epilogue
 from jax_dwsconv._epilogue import Activation
-from jax_dwsconv.convolution import depthwise_conv2d
+from jax_dwsconv.convolution import depthwise
 
 
 def separable_conv2d(
@@ -43,8 +43,8 @@ def separable_conv2d(
       pointwise_activation: see `depthwise_conv2d`.
       precision: of the matrix product, as for `jax.lax.dot_general`.
       data_format: "NHWC" (the default) or "NCHW".
-      preferred_element_type: dtype of the result and of what lies between the two halves; by default the promoted dtype of x and
-        both kernels. The matrix product takes its operands in this dtype and sums in float32.
+      preferred_element_type: dtype of the result and of what lies between the two halves; by default the promoted dtype
+        of x and both kernels. The matrix product takes its operands in this dtype and sums in float32.
 
     Returns:
       (..., H', W', F) or (..., F, H', W').
@@ -54,19 +54,24 @@ def separable_conv2d(
     """
     pointwise_kernel = _arguments.floating_array("pointwise_kernel", pointwise_kernel)
     dtype = _arguments.result_dtype(
-        preferred_element_type, _arguments.floating_array("x", x), depthwise_kernel, pointwise_kernel
+        preferred_element_type,
+        _arguments.floating_array("x", x),
+        _arguments.floating_array("depthwise_kernel", depthwise_kernel),
+        pointwise_kernel,
     )
-    y = depthwise_conv2d(
+    y = depthwise(
         x,
         depthwise_kernel,
-        strides=strides,
-        padding=padding,
-        dilation=dilation,
-        scale=depthwise_scale,
-        bias=depthwise_bias,
-        activation=depthwise_activation,
-        data_format=data_format,
-        preferred_element_type=dtype,
+        2,
+        strides,
+        padding,
+        dilation,
+        depthwise_bias,
+        depthwise_scale,
+        depthwise_activation,
+        data_format,
+        dtype,
+        prefix="depthwise_",
     )
     channel_axis = y.ndim - 1 if _arguments.data_format(data_format, 2) == "NHWC" else y.ndim - 3
     return _pointwise(
@@ -78,8 +83,8 @@ def _pointwise(y, kernel, channel_axis, scale, bias, activation, precision, out_
     channels = y.shape[channel_axis]
     if kernel.shape[-2:-1] != (channels,) or kernel.shape[:-2] not in ((), (1, 1)):
         raise ValueError(
-            f"pointwise_kernel must have shape (1, 1, {channels}, F) or ({channels}, F) to follow a depthwise result with {channels} "
-            f"channels, got {kernel.shape}"
+            f"pointwise_kernel must have shape (1, 1, {channels}, F) or ({channels}, F) to follow a depthwise result "
+            f"with {channels} channels, got {kernel.shape}"
         )
     features = kernel.shape[-1]
     scale = _arguments.channel_vector("pointwise_scale", scale, features)

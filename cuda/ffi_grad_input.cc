@@ -1,0 +1,29 @@
+#include "cuda/ffi_problem.h"
+#include "cuda/handlers.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace dwsconv::cuda {
+
+namespace ffi = xla::ffi;
+
+static ffi::Error GradInputImpl(cudaStream_t stream, ffi::Dictionary attrs, ffi::AnyBuffer g, ffi::AnyBuffer filter,
+                                ffi::Result<ffi::AnyBuffer> x) {
+  const auto problem = DecodeProblem("grad_input", attrs, *x, filter, g);
+  if (!problem) return problem.error();
+  if (x->element_count() == 0) return ffi::Error::Success();
+  const bool has_instance =
+      LaunchGradInput(*problem, g.untyped_data(), filter.untyped_data(), x->untyped_data(), stream);
+  return FinishLaunch("grad_input", has_instance, stream);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GradInput, GradInputImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Attrs()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace dwsconv::cuda

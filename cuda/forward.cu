@@ -1,0 +1,13 @@
+#include "cuda/gather.cuh"
+#include "cuda/kernels.h"
+
+namespace dwsconv::cuda {
+
+bool LaunchForward(const Problem& p, const void* x, const void* filter, void* y, cudaStream_t stream) {
+  return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
+    LaunchGather<true, typename decltype(x_type)::type, typename decltype(filter_type)::type,
+                 typename decltype(y_type)::type>(p, x, filter, y, stream);
+  });
+}
+
+}  // namespace dwsconv::cuda

@@ -1,0 +1,140 @@
+#include <algorithm>
+#include <limits>
+
+#include "cuda/dtypes.cuh"
+#include "cuda/kernels.h"
+
+namespace dwsconv::cuda {
+namespace {
+
+constexpr int kTaps = GradFilterPlan::kTapsPerThread;
+constexpr int kWarps = GradFilterPlan::kWarps;
+constexpr int kLanes = GradFilterPlan::kLanes;
+
+// Which tap sums a block computes, over which rows of g.
+struct Block {
+  int64_t split, group, tap_row, first_tap, channel_tile;
+};
+
+__device__ Block LocateBlock(const Problem& p, const GradFilterPlan& plan, int64_t index) {
+  Block b;
+  b.channel_tile = index % plan.channel_tiles;
+  index /= plan.channel_tiles;
+  b.first_tap = index % plan.tap_tiles * kTaps;
+  index /= plan.tap_tiles;
+  b.tap_row = index % p.kernel_h;
+  index /= p.kernel_h;
+  b.group = index % p.groups;
+  b.split = index / p.groups;
+  return b;
+}
+
+// Adds one piece of a row of g times a row of x to the tap sums of this thread's channel. NHWC: a lane is a channel and
+// walks the whole piece. NCHW: the lanes share one channel and divide the piece.
+template <bool kChannelsLast, class X, class Y>
+__device__ void SumPiece(const Problem& p, const X* x_row, const Y* g_row, int64_t begin, int64_t end,
+                         int64_t first_tap, int lane, float (&totals)[kTaps]) {
+  float sums[kTaps] = {};
+  for (int64_t ow = begin + (kChannelsLast ? 0 : lane); ow < end; ow += kChannelsLast ? 1 : kLanes) {
+    const float g = ToFloat(g_row[ow * p.y.w]);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      const int64_t w = ow * p.stride_w + (first_tap + t) * p.dilation_w - p.pad_left;
+      if (w >= 0 && w < p.in_w && first_tap + t < p.kernel_w) sums[t] = fmaf(g, ToFloat(x_row[w * p.x.w]), sums[t]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) totals[t] += sums[t];
+}
+
+// Adds the sums of all threads that share a channel, in a fixed order. Thread `lane` of warp 0 has them for its channel
+// in NHWC, thread 0 for the block's only channel in NCHW.
+template <bool kChannelsLast>
+__device__ void ReduceBlock(float (&sums)[kTaps], int lane, int warp) {
+  __shared__ float shared[kWarps][kTaps][kLanes];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    if constexpr (!kChannelsLast) {
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) sums[t] += __shfl_down_sync(0xffffffff, sums[t], offset);
+    }
+    shared[warp][t][lane] = sums[t];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    for (int other = 1; other < kWarps; ++other) sums[t] += shared[other][t][lane];
+  }
+  __syncthreads();
+}
+
+template <bool kChannelsLast, class X, class Y>
+__global__ void __launch_bounds__(kLanes* kWarps)
+    PartialSumsKernel(const __grid_constant__ Problem p, const __grid_constant__ GradFilterPlan plan,
+                      const X* __restrict__ x, const Y* __restrict__ g, float* __restrict__ workspace) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  for (int64_t index = blockIdx.x; index < plan.blocks; index += gridDim.x) {
+    const Block b = LocateBlock(p, plan, index);
+    const int64_t channel = kChannelsLast ? b.channel_tile * kLanes + lane : b.channel_tile;
+    const bool active = channel < p.out_channels();
+    const int64_t last = plan.pieces * (b.split + 1) / plan.splits;
+    float sums[kTaps] = {};
+    for (int64_t piece = plan.pieces * b.split / plan.splits + warp; active && piece < last; piece += kWarps) {
+      const int64_t row = piece / plan.pieces_per_row, begin = piece % plan.pieces_per_row * plan.piece_width;
+      const int64_t n = b.group * p.images_per_group() + row / p.out_h, oh = row % p.out_h;
+      const int64_t h = oh * p.stride_h + b.tap_row * p.dilation_h - p.pad_top;
+      if (h < 0 || h >= p.in_h) continue;
+      SumPiece<kChannelsLast>(p, x + n * p.x.n + h * p.x.h + p.input_channel(channel) * p.x.c,
+                              g + n * p.y.n + oh * p.y.h + channel * p.y.c, begin,
+                              min(begin + plan.piece_width, p.out_w), b.first_tap, lane, sums);
+    }
+    ReduceBlock<kChannelsLast>(sums, lane, warp);
+    if (warp == 0 && active && (kChannelsLast || lane == 0)) {
+      const int64_t row = ((b.split * p.groups + b.group) * p.kernel_h + b.tap_row) * p.kernel_w;
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        if (b.first_tap + t < p.kernel_w) workspace[(row + b.first_tap + t) * p.out_channels() + channel] = sums[t];
+      }
+    }
+  }
+}
+
+// Adds the parts in order and writes the filter in its own order and dtype.
+template <class F>
+__global__ void AddPartsKernel(const __grid_constant__ Problem p, int64_t splits, const float* __restrict__ workspace,
+                               F* __restrict__ filter) {
+  const int64_t count = p.filter_elements(), step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    float sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += workspace[split * count + i];
+    int64_t rest = i;
+    const int64_t channel = rest % p.out_channels();
+    rest /= p.out_channels();
+    const int64_t column = rest % p.kernel_w;
+    rest /= p.kernel_w;
+    filter[rest / p.kernel_h * p.filter.n + rest % p.kernel_h * p.filter.h + column * p.filter.w +
+           channel * p.filter.c] = FromFloat<F>(sum);
+  }
+}
+
+unsigned GridSize(int64_t blocks) {
+  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+}
+
+}  // namespace
+
+bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
+                      float* workspace, cudaStream_t stream) {
+  return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
+    using X = typename decltype(x_type)::type;
+    using F = typename decltype(filter_type)::type;
+    using Y = typename decltype(y_type)::type;
+    const auto partial_sums = p.channels_last ? PartialSumsKernel<true, X, Y> : PartialSumsKernel<false, X, Y>;
+    partial_sums<<<GridSize(plan.blocks), kLanes * kWarps, 0, stream>>>(p, plan, static_cast<const X*>(x),
+                                                                        static_cast<const Y*>(g), workspace);
+    constexpr int kThreads = 128;
+    AddPartsKernel<F><<<GridSize((p.filter_elements() + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+        p, plan.splits, workspace, static_cast<F*>(filter));
+  });
+}
+
+}  // namespace dwsconv::cuda

@@ -1,0 +1,13 @@
+#include "cuda/gather.cuh"
+#include "cuda/kernels.h"
+
+namespace dwsconv::cuda {
+
+bool LaunchGradInput(const Problem& p, const void* g, const void* filter, void* x, cudaStream_t stream) {
+  return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
+    LaunchGather<false, typename decltype(y_type)::type, typename decltype(filter_type)::type,
+                 typename decltype(x_type)::type>(p, g, filter, x, stream);
+  });
+}
+
+}  // namespace dwsconv::cuda

@@ -1,0 +1,25 @@
+// What the three CUDA handlers share around a launch.
+#ifndef JAX_DWSCONV_CUDA_LAUNCH_H_
+#define JAX_DWSCONV_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/plan.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace dwsconv::cuda {
+
+// The facts that the planner needs about the device with this ordinal.
+xla::ffi::ErrorOr<Device> DescribeDevice(int ordinal);
+
+// Turns what a launcher returned, and the error of its launches, into the handler's answer. `op` names the operator.
+xla::ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream);
+
+// Diagnostics for tests: how many handler calls so far were recorded into a CUDA graph.
+int64_t CapturedCalls();
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_LAUNCH_H_
