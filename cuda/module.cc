@@ -50,6 +50,6 @@ NB_MODULE(_cuda, m) {
   m.def("captured_calls", dwsconv::cuda::CapturedCalls,
         "How many handler calls so far were recorded into a CUDA graph.");
   m.attr("toolkit_version") = CUDART_VERSION;
-  m.attr("architectures") = JAX_DWSCONV_ARCHITECTURES;  // such as "80-real;80-virtual"
+  m.attr("architectures") = JAX_DWSCONV_ARCHITECTURES;  // such as "80-real,80-virtual"
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

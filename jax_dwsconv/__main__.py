@@ -23,7 +23,7 @@ def _module_line(name: str) -> str:
         return f"not loaded: {_native.why_unavailable(name)}; convolutions on this platform go to jax.lax"
     if name == "cpu":
         return f"loaded, {module.isa()} kernels"
-    toolkit, targets = _native.show_cuda_version(module.toolkit_version), module.architectures.replace(";", ", ")
+    toolkit, targets = _native.show_cuda_version(module.toolkit_version), module.architectures.replace(",", ", ")
     built = f"built with CUDA {toolkit} for {targets}"
     if reason := _native.why_unavailable(name):
         return f"loaded, {built}, but not used: {reason}; convolutions go to jax.lax"

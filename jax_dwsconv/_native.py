@@ -57,7 +57,7 @@ def why_unavailable(platform: str) -> str | None:
             module.driver_version(),
             module.device_capabilities(),
             module.toolkit_version,
-            module.architectures.split(";"),
+            module.architectures.split(","),
         )
     return None
 
