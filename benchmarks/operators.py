@@ -90,32 +90,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--operators", nargs="+", default=OPERATORS, choices=OPERATORS, metavar="OPERATOR")
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each measurement on the CPU")
     options = parser.parse_args()
     device = jax.devices()[0]
     cores = f", {len(os.sched_getaffinity(0))} cores" if device.platform == "cpu" else ""
     print(f"{device.device_kind}{cores}, jax {jax.__version__}, jax-dwsconv {jax_dwsconv.__version__}")
     print(f"batch {options.batch}, {options.dtype}, NHWC; ms: ours / lax / speed-up\n")
-    print("| layer | " + " | ".join(OPERATORS) + " |\n|---|" + "---|" * len(OPERATORS), flush=True)
-    speedups = [[] for _ in OPERATORS]
+    print("| layer | " + " | ".join(options.operators) + " |\n|---|" + "---|" * len(options.operators), flush=True)
+    speedups = {operator: [] for operator in options.operators}
     tolerance = 1e-4 if options.dtype == "float32" else 3e-2
     for layer in LAYERS:
         ours, theirs, *arrays = operands(layer, options.batch, jnp.dtype(options.dtype))
         cells = []
-        for i, ((ours_pass, arguments), (their_pass, _)) in enumerate(
-            zip(passes(ours, *arrays), passes(theirs, *arrays), strict=True)
-        ):
+        for operator in options.operators:
+            (ours_pass, arguments), (their_pass, _) = (
+                passes(f, *arrays)[OPERATORS.index(operator)] for f in (ours, theirs)
+            )
             with jax.default_matmul_precision("highest"):
                 error = disagreement(ours_pass(*arguments), jax.jit(their_pass)(*arguments))
             if not error < tolerance:
-                raise SystemExit(f"{OPERATORS[i]} of {layer} differs from lax by {error:.1e}")
+                raise SystemExit(f"{operator} of {layer} differs from lax by {error:.1e}")
             our_ms = median_ms(ours_pass, arguments, options.seconds)
             their_ms = median_ms(their_pass, arguments, options.seconds)
-            speedups[i].append(their_ms / our_ms)
+            speedups[operator].append(their_ms / our_ms)
             cells.append(f"{our_ms:.3g} / {their_ms:.3g} / {their_ms / our_ms:.1f}x")
         size, channels, kernel_size, stride = layer
         print(f"| {size}x{size}x{channels} k{kernel_size} s{stride} | " + " | ".join(cells) + " |", flush=True)
-    means = (f"{statistics.geometric_mean(s):.1f}x" for s in speedups)
+    means = (f"{statistics.geometric_mean(s):.1f}x" for s in speedups.values())
     print("| geometric mean | " + " | ".join(means) + " |")
 
 

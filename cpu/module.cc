@@ -2,6 +2,7 @@
 
 #include "cpu/handlers.h"
 #include "cpu/kernels.h"
+#include "cuda/ffi_problem.h"
 
 namespace nb = nanobind;
 
@@ -15,6 +16,7 @@ NB_MODULE(_cpu, m) {
         handlers["forward"] = capsule(dwsconv::cpu::Forward);
         handlers["grad_input"] = capsule(dwsconv::cpu::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cpu::GradFilter);
+        handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);
         return handlers;
       },
       "XLA FFI handlers by operator name.");

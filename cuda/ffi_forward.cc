@@ -7,18 +7,22 @@ namespace dwsconv::cuda {
 
 namespace ffi = xla::ffi;
 
-static ffi::Error ForwardImpl(cudaStream_t stream, ffi::Dictionary attrs, ffi::AnyBuffer x, ffi::AnyBuffer filter,
-                              ffi::Result<ffi::AnyBuffer> y) {
+static ffi::Error ForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Dictionary attrs, ffi::AnyBuffer x,
+                              ffi::AnyBuffer filter, ffi::Result<ffi::AnyBuffer> y) {
   const auto problem = DecodeProblem("forward", attrs, x, filter, *y);
   if (!problem) return problem.error();
   if (y->element_count() == 0) return ffi::Error::Success();
-  const bool has_instance = LaunchForward(*problem, x.untyped_data(), filter.untyped_data(), y->untyped_data(), stream);
+  const auto device = DescribeDevice(ordinal);
+  if (!device) return device.error();
+  const bool has_instance =
+      LaunchForward(*problem, *device, x.untyped_data(), filter.untyped_data(), y->untyped_data(), stream);
   return FinishLaunch("forward", has_instance, stream);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Forward, ForwardImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

@@ -7,19 +7,22 @@ namespace dwsconv::cuda {
 
 namespace ffi = xla::ffi;
 
-static ffi::Error GradInputImpl(cudaStream_t stream, ffi::Dictionary attrs, ffi::AnyBuffer g, ffi::AnyBuffer filter,
-                                ffi::Result<ffi::AnyBuffer> x) {
+static ffi::Error GradInputImpl(cudaStream_t stream, int32_t ordinal, ffi::Dictionary attrs, ffi::AnyBuffer g,
+                                ffi::AnyBuffer filter, ffi::Result<ffi::AnyBuffer> x) {
   const auto problem = DecodeProblem("grad_input", attrs, *x, filter, g);
   if (!problem) return problem.error();
   if (x->element_count() == 0) return ffi::Error::Success();
+  const auto device = DescribeDevice(ordinal);
+  if (!device) return device.error();
   const bool has_instance =
-      LaunchGradInput(*problem, g.untyped_data(), filter.untyped_data(), x->untyped_data(), stream);
+      LaunchGradInput(*problem, *device, g.untyped_data(), filter.untyped_data(), x->untyped_data(), stream);
   return FinishLaunch("grad_input", has_instance, stream);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GradInput, GradInputImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

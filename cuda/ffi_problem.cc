@@ -11,7 +11,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Dims = ffi::Span<const int64_t>;
 
-constexpr std::size_t kAttributeCount = 5;
+constexpr std::size_t kAttributeCount = 6;
 constexpr int64_t kMaxWindow = std::numeric_limits<int32_t>::max();
 
 std::string Show(Dims dims) {
@@ -32,6 +32,12 @@ std::optional<Dtype> DtypeOf(ffi::DataType type) {
 
 ffi::Unexpected<ffi::Error> Invalid(std::string_view op, const std::string& what) {
   return ffi::Unexpected<ffi::Error>(ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) + ": " + what));
+}
+
+std::string NewerVersion(const ffi::Dictionary& attrs) {
+  const auto since = attrs.get<std::string_view>("since");
+  if (!since) return "this program was written for another version of jax-dwsconv";
+  return "this program needs jax-dwsconv " + std::string(*since) + " or newer";
 }
 
 bool AllWithin(Dims values, int64_t low, int64_t high) {
@@ -61,12 +67,8 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   const auto layout = attrs.get<std::string_view>("layout");
   const auto filter_layout = attrs.get<std::string_view>("filter_layout");
   if (!strides || !padding || !dilation || !layout || !filter_layout || attrs.size() != kAttributeCount) {
-    return Invalid(
-        op,
-        "the attributes must be strides, padding, dilation, layout and filter_layout; this call has " +
-            std::to_string(attrs.size()) +
-            " attributes. It was written by another version of jax-dwsconv: install the version it was exported with "
-            "or a newer one");
+    return Invalid(op, "the attributes must be strides, padding, dilation, layout, filter_layout and since; " +
+                           NewerVersion(attrs));
   }
   if (strides->size() != 2 || padding->size() != 4 || dilation->size() != 2 || !AllWithin(*strides, 1, kMaxWindow) ||
       !AllWithin(*padding, -kMaxWindow, kMaxWindow) || !AllWithin(*dilation, 1, kMaxWindow)) {
@@ -122,5 +124,12 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   if (!sizes_agree) return Invalid(op, "the sizes do not describe one convolution: " + shapes);
   return p;
 }
+
+static ffi::Error NeedsNewerVersionImpl(ffi::Dictionary attrs, ffi::RemainingArgs, ffi::RemainingRets) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_dwsconv: " + NewerVersion(attrs));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NeedsNewerVersion, NeedsNewerVersionImpl,
+                              ffi::Ffi::Bind().Attrs().RemainingArgs().RemainingRets());
 
 }  // namespace dwsconv

@@ -12,11 +12,16 @@ namespace dwsconv {
 // x: (N, H, W, C) or (N, C, H, W); y likewise with C * multiplier channels; filter: (G, kh, kw, C * multiplier) ("HWO")
 // or (G, C * multiplier, kh, kw) ("OHW"). Attributes, all required:
 //   strides int64[2], padding int64[4] (top, bottom, left, right), dilation int64[2],
-//   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW".
+//   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW",
+//   since: the version of the package that introduced this list of attributes and operands.
 // `op` names the operator in error messages. Every size that a kernel reads is checked here.
 xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs,
                                          const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter,
                                          const xla::ffi::AnyBuffer& y);
+
+// The handler of versions of an operator that this package does not have yet: fails and names the version that has
+// them.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(NeedsNewerVersion);
 
 }  // namespace dwsconv
 

@@ -11,8 +11,16 @@ namespace dwsconv::cuda {
 
 // Each enqueues its work on the stream and returns false where it has no instance for the dtypes. Buffers must not be
 // empty. Launch errors are left for cudaGetLastError.
-bool LaunchForward(const Problem& p, const void* x, const void* filter, void* y, cudaStream_t stream);
-bool LaunchGradInput(const Problem& p, const void* g, const void* filter, void* x, cudaStream_t stream);
+bool LaunchForward(const Problem& p, const Device& device, const void* x, const void* filter, void* y,
+                   cudaStream_t stream);
+bool LaunchGradInput(const Problem& p, const Device& device, const void* g, const void* filter, void* x,
+                     cudaStream_t stream);
+
+// The largest power of two, up to 16, of which both addresses are multiples.
+inline int64_t Alignment(const void* a, const void* b) {
+  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | 16;
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
 
 // workspace holds plan.splits * p.filter_elements() floats and need not be initialised.
 bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,

@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 
+#include "cuda/ffi_problem.h"
 #include "cuda/handlers.h"
 #include "cuda/launch.h"
 
@@ -41,6 +42,7 @@ NB_MODULE(_cuda, m) {
         handlers["forward"] = capsule(dwsconv::cuda::Forward);
         handlers["grad_input"] = capsule(dwsconv::cuda::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cuda::GradFilter);
+        handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);
         return handlers;
       },
       "XLA FFI handlers by operator name.");

@@ -3,6 +3,7 @@
 #define JAX_DWSCONV_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <optional>
 
 #include "cuda/problem.h"
 
@@ -11,6 +12,23 @@ namespace dwsconv {
 struct Device {
   int multiprocessors;
 };
+
+// forward and grad_input of the usual kernels in NHWC (march.cuh): a thread has `vector` channels times `columns`
+// columns of the result and marches down `rows` rows of them; it loads `ahead` rows before it needs them. In the input
+// gradient of stride 2, columns and rows are those of g, with two of the result each.
+struct MarchTile {
+  int vector, columns, ahead, rows;
+};
+
+// The (vector, columns, ahead) that are compiled, by kernel size. Larger tiles reuse more, smaller ones make more
+// threads.
+#define DWSCONV_MARCH_TILES_3(M) M(1, 4, 4) M(1, 7, 2) M(2, 4, 2) M(2, 4, 4) M(2, 7, 2) M(4, 2, 2) M(4, 4, 2)
+#define DWSCONV_MARCH_TILES_5(M) M(1, 4, 2) M(1, 4, 4) M(1, 7, 2) M(2, 2, 2) M(2, 4, 2) M(2, 7, 2)
+#define DWSCONV_MARCH_TILES_7(M) M(1, 4, 2) M(1, 7, 2) M(2, 2, 2) M(2, 4, 2)
+
+// The tile for forward (else grad_input), or none where these kernels do not apply. `alignment` is what the addresses
+// of source and result are multiples of, in bytes.
+std::optional<MarchTile> PlanMarch(const Problem& p, bool forward, const Device& device, int64_t alignment);
 
 // grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread neighbouring taps of one
 // filter row over a part of the pieces, each piece apart so that no sum gets long; a second kernel adds the parts in

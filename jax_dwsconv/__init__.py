@@ -16,6 +16,7 @@ from jax_dwsconv.convolution import (
     depthwise_conv2d,
     depthwise_conv_transpose2d,
 )
+from jax_dwsconv.exporting import disabled_export_checks
 from jax_dwsconv.separable import separable_conv2d
 
 __version__ = _versions.PACKAGE
@@ -27,5 +28,6 @@ __all__ = [
     "depthwise_conv1d",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "disabled_export_checks",
     "separable_conv2d",
 ]

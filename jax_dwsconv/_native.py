@@ -6,12 +6,16 @@ from types import ModuleType
 
 import jax
 
-# A changed attribute or operand list is a new version, so that saved exports keep loading.
+# A changed attribute or operand list is a new version, so that saved exports keep loading. With every version goes the
+# version of this package that introduced it.
 TARGETS = {
     "forward": "jax_dwsconv.forward.v1",
     "grad_input": "jax_dwsconv.grad_input.v1",
     "grad_filter": "jax_dwsconv.grad_filter.v1",
 }
+SINCE = {"forward": "0.1.0", "grad_input": "0.1.0", "grad_filter": "0.1.0"}
+# A program that was exported by a later package is answered with the version that it needs.
+_FUTURE_VERSIONS = range(2, 17)
 # XLA's registry spells the platform in upper case; lower case would never match, without an error.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
@@ -39,8 +43,12 @@ def register() -> None:
     for platform, xla_platform in _XLA_PLATFORMS.items():
         module = load(platform)
         if isinstance(module, ModuleType):
-            for operator, handler in module.handlers().items():
-                jax.ffi.register_ffi_target(TARGETS[operator], handler, platform=xla_platform)
+            handlers = module.handlers()
+            for operator, target in TARGETS.items():
+                jax.ffi.register_ffi_target(target, handlers[operator], platform=xla_platform)
+                for version in _FUTURE_VERSIONS:
+                    newer = f"jax_dwsconv.{operator}.v{version}"
+                    jax.ffi.register_ffi_target(newer, handlers["needs_newer_version"], platform=xla_platform)
 
 
 def why_unavailable(platform: str) -> str | None:

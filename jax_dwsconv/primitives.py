@@ -24,11 +24,13 @@ import math
 import jax
 import numpy as np
 from jax import lax, numpy as jnp
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_dwsconv import _config, _native, reference
+from jax_dwsconv import _config, _native, partitioning, reference
 from jax_dwsconv._geometry import Window
+from jax_dwsconv.partitioning import Operator
 
 _LARGEST_SIZE = 2**63 - 1
 
@@ -72,7 +74,10 @@ def grad_filter(x: jax.Array, g: jax.Array, *, window: Window, kernel_size, grou
 def _bind(primitive, in_lax, a, b, **params):
     if _config.disabled():
         return in_lax(a, b, **params)
-    return primitive.bind(*_same_varying_axes(a, b), **params)
+    a, b = _same_varying_axes(a, b)
+    if partitioning.is_divided_by_types(jax.typeof(a), jax.typeof(b)):
+        primitive = _DIVIDED_BY_TYPES[primitive]
+    return primitive.bind(a, b, **params)
 
 
 def _same_varying_axes(*operands):
@@ -162,7 +167,8 @@ def _check_dtype(op: str, dtype) -> None:
         raise TypeError(f"{op}: dtypes must be floating point, got {dtype}; use float32, bfloat16, float16 or float64")
 
 
-def _abstract_eval(op: str, shape_rule, a, b, **params):
+def _abstract_eval(operator: Operator, shape_rule, a, b, **params):
+    op = operator.name
     for dtype in (a.dtype, b.dtype, params["out_dtype"]):
         _check_dtype(op, dtype)
     shape = shape_rule(a, b, **params)
@@ -170,20 +176,34 @@ def _abstract_eval(op: str, shape_rule, a, b, **params):
         if all(isinstance(d, int) for d in dims) and math.prod(dims) * dtype.itemsize > _LARGEST_SIZE:
             raise ValueError(f"{op}: an array of shape {dims} and dtype {dtype} has more than 2**63 - 1 bytes")
     # Updating an operand's type, not making a new one, keeps the axes over which it varies inside shard_map.
-    return a.update(shape=shape, dtype=params["out_dtype"], weak_type=False)
+    sharding = partitioning.result_sharding(operator, params, a, b)
+    return a.update(shape=shape, dtype=params["out_dtype"], weak_type=False, sharding=sharding)
 
 
-def _primitive(op: str, shape_rule) -> Primitive:
-    primitive = Primitive(f"dwsconv_{op}")
-    primitive.def_abstract_eval(functools.partial(_abstract_eval, op, shape_rule))
+FORWARD = Operator("forward", ("x", "kernel", "y"))
+GRAD_INPUT = Operator("grad_input", ("y", "kernel", "x"))
+GRAD_FILTER = Operator("grad_filter", ("x", "y", "kernel"))
+
+
+def _primitive(name: str, operator: Operator, shape_rule) -> Primitive:
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, operator, shape_rule))
     params = ("window", "out_dtype", "input_size", "multiplier", "kernel_size", "groups")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
     return primitive
 
 
-forward_p = _primitive("forward", _forward_shape)
-grad_input_p = _primitive("grad_input", _grad_input_shape)
-grad_filter_p = _primitive("grad_filter", _grad_filter_shape)
+forward_p = _primitive("dwsconv_forward", FORWARD, _forward_shape)
+grad_input_p = _primitive("dwsconv_grad_input", GRAD_INPUT, _grad_input_shape)
+grad_filter_p = _primitive("dwsconv_grad_filter", GRAD_FILTER, _grad_filter_shape)
+
+# The same operators where the types of the operands say how they are divided, in explicit mode and inside shard_map.
+# JAX lowers these for a mesh of devices that are not there; to divide the ones above, XLA must know the devices.
+_DIVIDED_BY_TYPES = {
+    forward_p: _primitive("dwsconv_forward", FORWARD, _forward_shape),
+    grad_input_p: _primitive("dwsconv_grad_input", GRAD_INPUT, _grad_input_shape),
+    grad_filter_p: _primitive("dwsconv_grad_filter", GRAD_FILTER, _grad_filter_shape),
+}
 
 
 # JVP and transpose ----------------------------------------------------------------------------------------------------
@@ -196,7 +216,14 @@ grad_filter_p = _primitive("grad_filter", _grad_filter_shape)
 #     grad_input(g, w)  = dT/dx    transposes to forward    (by g) and grad_filter (by w)
 #     grad_filter(x, g) = dT/dw    transposes to grad_input (by x) and forward     (by g)
 #
-# `ct` is the cotangent of the result; the operand that is transposed comes without a value, only with its type.
+# `ct` is the cotangent of the result; the operand that is transposed comes without a value, only with its type, which
+# its cotangent must have, sharding included.
+
+
+def _of_type(cotangent, operand):
+    if partitioning.explicit_mesh(operand) is None or cotangent.aval.sharding == operand.sharding:
+        return cotangent
+    return jax.sharding.reshard(cotangent, operand.sharding)
 
 
 def _multiplier(window: Window, x, y) -> int:
@@ -208,37 +235,47 @@ def _forward_by_x(ct, x, kernel, *, window, **_):
     x = x.aval
     multiplier = _multiplier(window, x, ct)
     size = window.spatial(x.shape)
-    return grad_input(ct, kernel, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+    dx = grad_input(ct, kernel, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+    return _of_type(dx, x)
 
 
 def _forward_by_kernel(ct, x, kernel, *, window, **_):
-    shape, dtype = kernel.aval.shape, kernel.aval.dtype
-    return grad_filter(x, ct, window=window, kernel_size=window.kernel_size(shape), groups=shape[0], out_dtype=dtype)
+    return _filter_gradient(x, ct, kernel.aval, window)
 
 
 def _grad_input_by_g(ct, g, kernel, *, window, **_):
-    return forward(ct, kernel, window=window, out_dtype=g.aval.dtype)
+    return _of_type(forward(ct, kernel, window=window, out_dtype=g.aval.dtype), g.aval)
 
 
 def _grad_input_by_kernel(ct, g, kernel, *, window, **_):
-    shape, dtype = kernel.aval.shape, kernel.aval.dtype
-    return grad_filter(ct, g, window=window, kernel_size=window.kernel_size(shape), groups=shape[0], out_dtype=dtype)
+    return _filter_gradient(ct, g, kernel.aval, window)
+
+
+def _filter_gradient(x, g, kernel, window):
+    size = window.kernel_size(kernel.shape)
+    dkernel = grad_filter(x, g, window=window, kernel_size=size, groups=kernel.shape[0], out_dtype=kernel.dtype)
+    return _of_type(dkernel, kernel)
 
 
 def _grad_filter_by_x(ct, x, g, *, window, **_):
     x = x.aval
     multiplier = _multiplier(window, x, g)
     size = window.spatial(x.shape)
-    return grad_input(g, ct, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+    dx = grad_input(g, ct, window=window, input_size=size, multiplier=multiplier, out_dtype=x.dtype)
+    return _of_type(dx, x)
 
 
 def _grad_filter_by_g(ct, x, g, *, window, **_):
-    return forward(x, ct, window=window, out_dtype=g.aval.dtype)
+    return _of_type(forward(x, ct, window=window, out_dtype=g.aval.dtype), g.aval)
 
 
-ad.defbilinear(forward_p, _forward_by_x, _forward_by_kernel)
-ad.defbilinear(grad_input_p, _grad_input_by_g, _grad_input_by_kernel)
-ad.defbilinear(grad_filter_p, _grad_filter_by_x, _grad_filter_by_g)
+for _p, *_transposes in (
+    (forward_p, _forward_by_x, _forward_by_kernel),
+    (grad_input_p, _grad_input_by_g, _grad_input_by_kernel),
+    (grad_filter_p, _grad_filter_by_x, _grad_filter_by_g),
+):
+    ad.defbilinear(_p, *_transposes)
+    ad.defbilinear(_DIVIDED_BY_TYPES[_p], *_transposes)
 
 
 # Batching -------------------------------------------------------------------------------------------------------------
@@ -299,9 +336,34 @@ def _batch_grad_filter(bind, operands, axes, *, groups, **params):
     return _unfold(bind(x, g, groups=size * groups, **params), size), 0
 
 
-batching.primitive_batchers[forward_p] = functools.partial(_batch_with_kernel, forward)
-batching.primitive_batchers[grad_input_p] = functools.partial(_batch_with_kernel, grad_input)
-batching.primitive_batchers[grad_filter_p] = functools.partial(_batch_grad_filter, grad_filter)
+for _p, _rule, _bind_again in (
+    (forward_p, _batch_with_kernel, forward),
+    (grad_input_p, _batch_with_kernel, grad_input),
+    (grad_filter_p, _batch_grad_filter, grad_filter),
+):
+    batching.primitive_batchers[_p] = functools.partial(_rule, _bind_again)
+    batching.primitive_batchers[_DIVIDED_BY_TYPES[_p]] = functools.partial(_rule, _bind_again)
+
+
+# Sharding ------------------------------------------------------------------------------------------------------------
+#
+# The primitives above lower to a function that JAX can divide among devices. What runs on one device is a primitive of
+# its own, with the same types, that knows only how to lower.
+
+
+def _dividable(operator: Operator, on_one_device: Primitive):
+    run = on_one_device.bind
+    in_auto_mode = partitioning.in_auto_mode(operator, run)
+
+    def divide(a, b, **params):
+        return in_auto_mode(a, b, tuple(params.items()))
+
+    def divide_by_types(a, b, **params):
+        if partitioning.explicit_mesh(jax.typeof(a), jax.typeof(b)) is not None:
+            return partitioning.in_explicit_mode(operator, run, a, b, params)
+        return run(a, b, **params)
+
+    return divide, divide_by_types
 
 
 # Lowering -------------------------------------------------------------------------------------------------------------
@@ -310,13 +372,14 @@ batching.primitive_batchers[grad_filter_p] = functools.partial(_batch_grad_filte
 # work, and so does lowering on a machine without the GPU.
 
 
-def _attributes(window: Window) -> dict:
+def _attributes(op: str, window: Window) -> dict:
     return {
         "strides": np.asarray(window.strides, np.int64),
         "padding": np.asarray(window.padding, np.int64).reshape(4),
         "dilation": np.asarray(window.dilation, np.int64),
         "layout": window.layout,
         "filter_layout": window.filter_layout,
+        "since": _native.SINCE[op],
     }
 
 
@@ -352,7 +415,7 @@ def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, a, b, *, windo
             return y.astype(out_dtype)
 
         return mlir.lower_fun(convert, multiple_results=False)(ctx, a, b)
-    return _EMIT[platform, op](ctx, a, b, **_attributes(window))
+    return _EMIT[platform, op](ctx, a, b, **_attributes(op, window))
 
 
 def _why_lax(platform: str, dtypes) -> str | None:
@@ -403,13 +466,22 @@ _EMIT = {
     ("cuda", "grad_filter"): functools.partial(_emit_with_workspace, "grad_filter"),
 }
 
-for _op, _p, _in_lax, _roles in (
-    ("forward", forward_p, reference.forward, (0, 1, 2)),
-    ("grad_input", grad_input_p, reference.grad_input, (2, 1, 0)),
-    ("grad_filter", grad_filter_p, reference.grad_filter, (0, 2, 1)),
+_ROLE_ORDER = ("x", "kernel", "y")
+
+for _operator, _p, _shape_rule, _in_lax in (
+    (FORWARD, forward_p, _forward_shape, reference.forward),
+    (GRAD_INPUT, grad_input_p, _grad_input_shape, reference.grad_input),
+    (GRAD_FILTER, grad_filter_p, _grad_filter_shape, reference.grad_filter),
 ):
-    mlir.register_lowering(_p, mlir.lower_fun(_in_lax, multiple_results=False))
+    _on_one_device = _primitive(f"dwsconv_{_operator.name}_on_one_device", _operator, _shape_rule)
+    _divide, _divide_by_types = _dividable(_operator, _on_one_device)
+    mlir.register_lowering(_p, mlir.lower_fun(_divide, multiple_results=False))
+    mlir.register_lowering(_DIVIDED_BY_TYPES[_p], mlir.lower_fun(_divide_by_types, multiple_results=False))
+    dispatch.prim_requires_devices_during_lowering.add(_p)  # custom_partitioning asks for them
+    mlir.register_lowering(_on_one_device, mlir.lower_fun(_in_lax, multiple_results=False))
+    _roles = [_operator.roles.index(role) for role in _ROLE_ORDER]
     for _platform in ("cpu", "cuda"):
-        mlir.register_lowering(_p, functools.partial(_lower, _op, _platform, _p, _in_lax, _roles), platform=_platform)
+        _rule = functools.partial(_lower, _operator.name, _platform, _on_one_device, _in_lax, _roles)
+        mlir.register_lowering(_on_one_device, _rule, platform=_platform)
 
 _native.register()

@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding; the others run on the first one
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if jax.default_backend() == "gpu":

@@ -216,6 +216,7 @@ ATTRIBUTES = {
     "dilation": np.array([1, 1]),
     "layout": "NHWC",
     "filter_layout": "HWO",
+    "since": "0.1.0",
 }
 GOOD = ((2, 7, 9, 5), (1, 3, 3, 5), (2, 7, 9, 5))
 # (shapes of x, filter and result, changed attributes, dtype, what the message must contain)
@@ -240,8 +241,8 @@ BAD_BUFFERS = {
     "zero stride": (GOOD, {"strides": np.array([0, 1])}, "float32", "strides and dilation need"),
     "too few": (GOOD, {"padding": np.array([1, 1])}, "float32", "strides and dilation need"),
     "overflowing": (GOOD, {"dilation": np.array([2**62, 1])}, "float32", "strides and dilation need"),
-    "unknown attribute": (GOOD, {"tile": np.int64(3)}, "float32", "another version of jax-dwsconv"),
-    "wrong type of attribute": (GOOD, {"strides": np.array([1.0, 1.0])}, "float32", "another version of jax-dwsconv"),
+    "unknown attribute": (GOOD, {"tile": np.int64(3)}, "float32", "needs jax-dwsconv 0.1.0"),
+    "wrong type of attribute": (GOOD, {"strides": np.array([1.0, 1.0])}, "float32", "needs jax-dwsconv 0.1.0"),
 }
 
 

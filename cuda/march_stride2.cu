@@ -1,0 +1,35 @@
+#include "cuda/march_launch.cuh"
+
+namespace dwsconv::cuda {
+
+bool LaunchMarchStride2Forward(const MarchCall& call) {
+  const auto launch = [&](auto source, auto result) {
+    using S = typename decltype(source)::type;
+    using R = typename decltype(result)::type;
+    return WithMarchTile(call, [&](auto size, auto vector, auto columns, auto ahead) {
+      LaunchMarchKernel(MarchKernel<S, R, size.value, 2, vector.value, columns.value, ahead.value>, call);
+    });
+  };
+  return IfDtypes<float, float>(call, Dtype::kF32, Dtype::kF32, launch) ||
+         IfDtypes<BFloat16, BFloat16>(call, Dtype::kBF16, Dtype::kBF16, launch) ||
+         IfDtypes<BFloat16, float>(call, Dtype::kBF16, Dtype::kF32, launch) ||
+         IfDtypes<Float16, Float16>(call, Dtype::kF16, Dtype::kF16, launch) ||
+         IfDtypes<Float16, float>(call, Dtype::kF16, Dtype::kF32, launch);
+}
+
+bool LaunchMarchStride2Gradient(const MarchCall& call) {
+  const auto launch = [&](auto source, auto result) {
+    using S = typename decltype(source)::type;
+    using R = typename decltype(result)::type;
+    return WithMarchTile(call, [&](auto size, auto vector, auto columns, auto ahead) {
+      LaunchMarchKernel(MarchStride2GradientKernel<S, R, size.value, vector.value, columns.value, ahead.value>, call);
+    });
+  };
+  return IfDtypes<float, float>(call, Dtype::kF32, Dtype::kF32, launch) ||
+         IfDtypes<BFloat16, BFloat16>(call, Dtype::kBF16, Dtype::kBF16, launch) ||
+         IfDtypes<float, BFloat16>(call, Dtype::kF32, Dtype::kBF16, launch) ||
+         IfDtypes<Float16, Float16>(call, Dtype::kF16, Dtype::kF16, launch) ||
+         IfDtypes<float, Float16>(call, Dtype::kF32, Dtype::kF16, launch);
+}
+
+}  // namespace dwsconv::cuda

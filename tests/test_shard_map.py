@@ -1,0 +1,128 @@
+"""Inside shard_map every device runs its own operator, over all axes of the mesh or over some of them."""
+
+import functools
+
+import jax
+import meshes
+import numerics
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
+
+import jax_dwsconv
+
+X, KERNEL, Y = numerics.normal(8, 6, 5, 8), numerics.normal(3, 3, 1, 16, seed=1), numerics.normal(8, 6, 5, 16, seed=2)
+# The specs of x and of the kernel; that of y follows.
+BATCH = (P("a"), P(), P("a"))
+CHANNELS = (P(None, None, None, "a"), P(None, None, None, "a"), P(None, None, None, "a"))
+BOTH = (P("a", None, None, "b"), P(None, None, None, "b"), P("a", None, None, "b"))
+BOTH_BATCH = (P(("a", "b")), P(), P(("a", "b")))
+# (specs, the manual axes or None for all)
+FULL = [(BATCH, None), (CHANNELS, None), (BOTH, None), (BOTH_BATCH, None)]
+PARTIAL = [(BATCH, {"a"}), (CHANNELS, {"a"})]
+WITH_AND_WITHOUT_CHECK = pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])
+EVERY_DIVISION = pytest.mark.parametrize(("specs", "manual"), FULL + PARTIAL, ids=str)
+
+
+def _gradients(x, kernel, g):
+    return jax.vjp(jax_dwsconv.depthwise_conv2d, x, kernel)[1](g)
+
+
+def _assert_same(mapped, whole, length=8 * 6 * 5):
+    jax.tree.map(functools.partial(numerics.assert_close, length=length), mapped, whole)
+
+
+def _shard_map(f, mesh, in_specs, out_specs, manual, check_vma=True):
+    axis_names = set(mesh.axis_names) if manual is None else manual
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axis_names, check_vma=check_vma
+    )
+
+
+@WITH_AND_WITHOUT_CHECK
+@EVERY_DIVISION
+def test_forward(specs, manual, check_vma):
+    mesh = meshes.make(4, 2)
+    *in_specs, out_spec = specs
+    convolve = _shard_map(jax_dwsconv.depthwise_conv2d, mesh, tuple(in_specs), out_spec, manual, check_vma)
+    y, collectives = meshes.run(convolve, *meshes.place(mesh, (X, specs[0]), (KERNEL, specs[1])))
+    assert collectives == {}
+    assert meshes.is_divided(y, out_spec, mesh)
+    _assert_same(y, jax_dwsconv.depthwise_conv2d(X, KERNEL))
+
+
+@WITH_AND_WITHOUT_CHECK
+@EVERY_DIVISION
+def test_gradients_of_a_mapped_function(specs, manual, check_vma):
+    mesh = meshes.make(4, 2)
+    *in_specs, out_spec = specs
+    convolve = _shard_map(jax_dwsconv.depthwise_conv2d, mesh, tuple(in_specs), out_spec, manual, check_vma)
+
+    def gradients(x, kernel, g):
+        return jax.vjp(convolve, x, kernel)[1](g)
+
+    operands = meshes.place(mesh, *zip((X, KERNEL, Y), specs, strict=True))
+    result, collectives = meshes.run(gradients, *operands)
+    if check_vma:  # without it JAX itself adds up over the axes that a spec does not name
+        assert collectives == ({} if specs is CHANNELS else {"all-reduce": 1})
+    _assert_same(result, _gradients(X, KERNEL, Y))
+
+
+@EVERY_DIVISION
+def test_gradients_inside(specs, manual):
+    """The sum over the shards of the batch comes by itself, since a whole kernel is the same on every device."""
+    mesh = meshes.make(4, 2)
+    gradients = _shard_map(_gradients, mesh, specs, specs[:2], manual)
+    operands = meshes.place(mesh, *zip((X, KERNEL, Y), specs, strict=True))
+    result, collectives = meshes.run(gradients, *operands)
+    assert collectives == ({} if specs is CHANNELS else {"all-reduce": 1})
+    _assert_same(result, _gradients(X, KERNEL, Y))
+
+
+def test_gradients_inside_without_check():
+    """Without varying axes nobody can know that the kernel is the same everywhere: the sum is the caller's."""
+    mesh = meshes.make(4, 2)
+
+    def gradients(x, kernel, g):
+        dx, dkernel = _gradients(x, kernel, g)
+        return dx, lax.psum(dkernel, "a")
+
+    mapped = _shard_map(gradients, mesh, BATCH, BATCH[:2], None, check_vma=False)
+    result, _ = meshes.run(mapped, *meshes.place(mesh, *zip((X, KERNEL, Y), BATCH, strict=True)))
+    _assert_same(result, _gradients(X, KERNEL, Y))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("rest", ["none", "batch", "channels"])
+def test_other_axes_divide_too(rest, kind):
+    """One axis is manual; over the other one the operands come divided, and XLA or the types say so."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), (kind, kind), devices=jax.devices("cpu")[:8])
+    specs = {"none": BATCH, "batch": BOTH_BATCH, "channels": BOTH}[rest]
+    convolve = _shard_map(jax_dwsconv.depthwise_conv2d, mesh, BATCH[:2], BATCH[2], {"a"})
+
+    def gradients(x, kernel, g):
+        value, pullback = jax.vjp(convolve, x, kernel)
+        return value, pullback(g)
+
+    with jax.set_mesh(mesh):
+        operands = meshes.place(mesh, *zip((X, KERNEL, Y), specs, strict=True))
+        (value, result), _ = meshes.run(gradients, *operands)
+    _assert_same((value, result), (jax_dwsconv.depthwise_conv2d(X, KERNEL), _gradients(X, KERNEL, Y)))
+
+
+def test_second_derivative():
+    mesh = meshes.make(8)
+
+    def loss(kernel, x):
+        y = jax_dwsconv.depthwise_conv2d(x, kernel)
+        return (y**3).sum()
+
+    def mapped_loss(kernel, x):
+        return _shard_map(lambda k, x: lax.psum(loss(k, x), "a"), mesh, (P(), P("a")), P(), None)(kernel, x)
+
+    def hessian_vector(loss, kernel, x):
+        return jax.jvp(lambda k: jax.grad(loss)(k, x), (kernel,), (kernel,))[1]
+
+    kernel, x = meshes.place(mesh, (KERNEL, P()), (X, P("a")))
+    mapped = jax.jit(functools.partial(hessian_vector, mapped_loss))(kernel, x)
+    _assert_same(mapped, hessian_vector(loss, KERNEL, X), length=10_000)
