@@ -113,7 +113,8 @@ def test_explicit_sharding_is_exported():
     args = _operands(8)
     with jax.set_mesh(mesh):
         placed = meshes.place(mesh, *zip(args, MESH_SPECS, strict=True))
-        restored = _restored(_block, *(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed))
+        shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed)
+        restored = _restored(_block, *shapes, platforms=("cpu",))
         y, collectives = meshes.run(restored.call, *placed)
     assert collectives == {}
     assert meshes.is_divided(y, MESH_SPECS[0], mesh)
