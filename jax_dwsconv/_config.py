@@ -1,4 +1,4 @@
-"""The environment variables, read whenever a function is traced.
+"""The environment variables, read when a function is traced and lowered: set them first, JAX keeps what it compiled.
 
 JAX_DWSCONV_DISABLE=1 routes everything to `jax.lax`. JAX_DWSCONV_FALLBACK says what happens where a depthwise
 convolution that has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error".

@@ -46,7 +46,7 @@ def accumulator_dtype(dtype) -> jnp.dtype:
 
 
 def apply(y: jax.Array, scale, bias, activation: Activation, channel_axis: int, out_dtype) -> jax.Array:
-    """activation(y * scale + bias) rounded to out_dtype. An activation without a name is applied after rounding.
+    """activation(y * scale + bias) rounded to out_dtype, where the activation has a name, else without it.
 
     Args:
       y: the sums, in the accumulator dtype.
@@ -65,8 +65,23 @@ def apply(y: jax.Array, scale, bias, activation: Activation, channel_axis: int, 
     name = activation_name(activation)
     if name is not None:
         y = _BY_NAME[name](y)
-    y = y.astype(out_dtype)
-    return y if name is not None or activation is None else activation(y)
+    return y.astype(out_dtype)
+
+
+def apply_unnamed(y: jax.Array, activation: Activation) -> jax.Array:
+    """The activation of the rounded result in its final shape, where `apply` has left it out.
+
+    Raises:
+      ValueError: it changes the shape.
+    """
+    if activation is None or activation_name(activation) is not None:
+        return y
+    result = activation(y)
+    if jnp.shape(result) != y.shape:
+        raise ValueError(
+            f"activation must return an array of the shape it is given, {y.shape}, got {jnp.shape(result)}"
+        )
+    return result
 
 
 def is_empty(scale, bias, activation: Activation) -> bool:

@@ -128,7 +128,8 @@ def depthwise_conv(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     ).astype(_epilogue.accumulator_dtype(out_dtype))
-    return _epilogue.apply(y, None, bias, layer.activation, y.ndim - 1, out_dtype)
+    y = _epilogue.apply(y, None, bias, layer.activation, y.ndim - 1, out_dtype)
+    return _epilogue.apply_unnamed(y, layer.activation)
 
 
 def separable_conv(layer: SeparableLayer, x: jax.Array, depthwise: Parameters, pointwise: Parameters) -> jax.Array:

@@ -74,6 +74,7 @@ def conv_general_dilated(
     )
     if _config.disabled() or not _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count):
         return in_lax()
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)  # as lax: NumPy's float64 becomes float32 without x64
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     rank = lhs.ndim - 2
     try:
@@ -91,7 +92,7 @@ def conv_general_dilated(
         jax.eval_shape(in_lax)  # likewise: the kernels have one precision, but lax knows which are valid
 
     data_format = _LAYOUTS[numbers.lhs_spec]
-    lhs, (rhs, filter_layout) = jnp.asarray(lhs), _as_filter(jnp.asarray(rhs), numbers.rhs_spec)
+    rhs, filter_layout = _as_filter(rhs, numbers.rhs_spec)
     size = tuple(lhs.shape[axis] for axis in numbers.lhs_spec[2:])
     kernel_size = rhs.shape[:-1] if filter_layout == "HWO" else rhs.shape[1:]
     pairs = _arguments.padding_pairs(padding, size, kernel_size, strides, dilation)
@@ -154,7 +155,10 @@ def _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_eleme
 
 
 def _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type) -> bool:
-    narrows = preferred_element_type is not None and jnp.dtype(preferred_element_type).itemsize < lhs.dtype.itemsize
+    narrows = (
+        preferred_element_type is not None
+        and jax.dtypes.canonicalize_dtype(preferred_element_type).itemsize < lhs.dtype.itemsize
+    )
     string_with_dilation = isinstance(padding, str) and max(input_dilation) > 1
     return lhs.dtype != rhs.dtype or narrows or string_with_dilation
 
@@ -187,8 +191,8 @@ def depthwise_conv1d(
       kernel: (kw, 1, C * multiplier) in both formats, as flax holds it. Output channel c * multiplier + j reads channel
         c.
       strides: step of the window.
-      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (dilation * (kw - 1) zeros before), an int, or one (low, high)
-        pair.
+      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (dilation * (kw - 1) zeros before), an int, or
+        ((low, high),).
       dilation: distance between the taps.
       bias: (C * multiplier,) or (), or None.
       scale: (C * multiplier,) or (), or None.
@@ -346,7 +350,7 @@ def depthwise(
         out_dtype if plain else _epilogue.accumulator_dtype(out_dtype),
     )
     y = _epilogue.apply(y, scale, bias, activation, data_format.index("C"), out_dtype)
-    return y.reshape(*batch, *y.shape[1:])
+    return _epilogue.apply_unnamed(y.reshape(*batch, *y.shape[1:]), activation)
 
 
 def _check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:

@@ -206,12 +206,23 @@ class SeparableConv(nnx.Module):
         shape = _layers.kernel_shape(kernel_size, in_features, in_features * multiplier, ranks=(2,))
         init = {
             "use_bias": use_bias,
+            "dtype": dtype,
             "param_dtype": param_dtype,
+            "precision": precision,
             "kernel_init": kernel_init,
             "bias_init": bias_init,
             "rngs": rngs,
         }
-        self.depthwise = DepthwiseConv(in_features, shape[-1], shape[:-2], **init)
+        self.depthwise = DepthwiseConv(
+            in_features,
+            shape[-1],
+            shape[:-2],
+            strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            activation=depthwise_activation,
+            **init,
+        )
         self.pointwise = nnx.Conv(shape[-1], out_features, (1, 1), **init)
         self.strides = strides
         self.padding = padding

@@ -384,7 +384,7 @@ def _attributes(op: str, window: Window) -> dict:
 
 
 def _has_instance(input_dtype, filter_dtype, output_dtype) -> bool:
-    """Whether the kernels are compiled for these dtypes: see "Dtypes" in the documentation."""
+    """Whether the kernels are compiled for these dtypes: the table in tests/cases.py lists them."""
     if input_dtype == np.float64:
         return filter_dtype == output_dtype == np.float64
     allowed = (input_dtype, np.dtype(np.float32))

@@ -94,4 +94,5 @@ def _pointwise(y, kernel, channel_axis, scale, bias, activation, precision, out_
     contract = (((channel_axis,), (0,)), ((), ()))
     y = lax.dot_general(y, kernel, contract, precision=precision, preferred_element_type=accumulator)
     y = jnp.moveaxis(y, -1, channel_axis)
-    return _epilogue.apply(y, scale, bias, activation, channel_axis, out_dtype)
+    y = _epilogue.apply(y, scale, bias, activation, channel_axis, out_dtype)
+    return _epilogue.apply_unnamed(y, activation)

@@ -286,3 +286,12 @@ def test_compiled_ahead_of_time():
 def test_float64_without_x64_is_float32():
     x, kernel = normal(2, 7, 9, 5, dtype=np.float64), normal(3, 3, 1, 5, dtype=np.float64)
     assert jax_dwsconv.depthwise_conv2d(x, kernel).dtype == jnp.float32
+
+
+def test_an_activation_without_a_name_sees_the_result_in_its_final_shape():
+    x, kernel = normal(5, 2, 8, 8, 4), normal(3, 3, 1, 4, seed=1)
+    y = jax_dwsconv.depthwise_conv2d(x, kernel)
+    normalised = jax_dwsconv.depthwise_conv2d(x, kernel, activation=lambda y: jax.nn.softmax(y, axis=0))
+    np.testing.assert_allclose(normalised, jax.nn.softmax(y, axis=0), rtol=1e-6)
+    with pytest.raises(ValueError, match="activation must return an array of the shape"):
+        jax_dwsconv.depthwise_conv2d(x, kernel, activation=lambda y: y.mean())

@@ -234,6 +234,20 @@ def test_drop_in_gradients():
         numerics.assert_close(a, b, length=1000)
 
 
+def test_drop_in_takes_numpy_arrays_in_double_precision():
+    """They are float32 to JAX without x64, which must not look like operands of different dtypes."""
+    x, kernel = np.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+
+    def convolve(kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax_dwsconv.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4
+        )
+
+    assert numerics.primitives_in(convolve, kernel)["dwsconv_forward"] == 1
+    assert convolve(kernel).dtype == jnp.float32
+
+
 def test_drop_in_has_the_signature_of_lax():
     ours, theirs = (
         inspect.signature(f).parameters for f in (jax_dwsconv.conv_general_dilated, lax.conv_general_dilated)
