@@ -1,13 +1,21 @@
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
+#include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
 
 bool LaunchForward(const Problem& p, const Device& device, const void* x, const void* filter, void* y,
                    cudaStream_t stream) {
-  if (const auto tile = PlanMarch(p, /*forward=*/true, device, Alignment(x, y))) {
-    if (LaunchMarch(p, /*forward=*/true, *tile, x, filter, y, stream)) return true;
+  const PassPlan plan = PlanPass(p, /*forward=*/true, device, Alignment(x, y));
+  switch (plan.kernel) {
+    case PassPlan::Kernel::kToeplitz:
+      if (LaunchToeplitz(p, /*forward=*/true, plan.toeplitz, x, filter, y, stream)) return true;
+      break;
+    case PassPlan::Kernel::kMarch:
+      if (LaunchMarch(p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
+      break;
+    case PassPlan::Kernel::kGather: break;
   }
   return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
     LaunchGather<true, typename decltype(x_type)::type, typename decltype(filter_type)::type,

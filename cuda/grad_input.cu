@@ -1,13 +1,21 @@
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
+#include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
 
 bool LaunchGradInput(const Problem& p, const Device& device, const void* g, const void* filter, void* x,
                      cudaStream_t stream) {
-  if (const auto tile = PlanMarch(p, /*forward=*/false, device, Alignment(g, x))) {
-    if (LaunchMarch(p, /*forward=*/false, *tile, g, filter, x, stream)) return true;
+  const PassPlan plan = PlanPass(p, /*forward=*/false, device, Alignment(g, x));
+  switch (plan.kernel) {
+    case PassPlan::Kernel::kToeplitz:
+      if (LaunchToeplitz(p, /*forward=*/false, plan.toeplitz, g, filter, x, stream)) return true;
+      break;
+    case PassPlan::Kernel::kMarch:
+      if (LaunchMarch(p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
+      break;
+    case PassPlan::Kernel::kGather: break;
   }
   return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
     LaunchGather<false, typename decltype(y_type)::type, typename decltype(filter_type)::type,

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <string>
+#include <utility>
 
 namespace dwsconv::cuda {
 namespace {
@@ -14,11 +15,21 @@ std::atomic<int64_t> captured_calls{0};
 
 ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
   Device device{};
-  const cudaError_t status = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
-  if (status != cudaSuccess) {
-    return ffi::Unexpected<ffi::Error>(
-        ffi::Error::Internal(std::string("jax_dwsconv: cannot describe the device: ") + cudaGetErrorString(status)));
+  int major = 0, minor = 0;
+  const std::pair<cudaDeviceAttr, int*> facts[] = {
+      {cudaDevAttrMultiProcessorCount, &device.multiprocessors},
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.shared_memory},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.most_shared_memory},
+  };
+  for (const auto& [attribute, value] : facts) {
+    if (const cudaError_t status = cudaDeviceGetAttribute(value, attribute, ordinal); status != cudaSuccess) {
+      return ffi::Unexpected<ffi::Error>(
+          ffi::Error::Internal(std::string("jax_dwsconv: cannot describe the device: ") + cudaGetErrorString(status)));
+    }
   }
+  device.capability = 10 * major + minor;
   return device;
 }
 

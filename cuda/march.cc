@@ -39,11 +39,12 @@ March Describe(const Problem& p, const MarchTile& tile, bool forward) {
     columns = CeilDiv(m.pad_left + m.result_w, 2) - m.pad_left / 2;
   }
   const uint32_t vectors = static_cast<uint32_t>(p.channels / tile.vector);
-  m.lanes = Lanes(vectors);
-  m.lane_groups = vectors / m.lanes;
-  m.tiles = static_cast<uint32_t>(CeilDiv(columns, tile.columns));
-  m.strips = static_cast<uint32_t>(CeilDiv(rows, tile.rows));
-  m.threads = p.batch * m.strips * m.lane_groups * m.tiles * m.lanes;
+  const uint32_t lanes = Lanes(vectors);
+  m.lanes = Divisor(lanes);
+  m.lane_groups = Divisor(vectors / lanes);
+  m.tiles = Divisor(static_cast<uint32_t>(CeilDiv(columns, tile.columns)));
+  m.strips = Divisor(static_cast<uint32_t>(CeilDiv(rows, tile.rows)));
+  m.threads = p.batch * m.strips.value * vectors * m.tiles.value;
   return m;
 }
 

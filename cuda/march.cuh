@@ -26,15 +26,12 @@ __device__ MarchThread LocateThread(const March& m) {
   MarchThread t;
   t.active = index < m.threads;
   uint32_t rest = static_cast<uint32_t>(index);
-  const uint32_t lane = rest % m.lanes;
-  rest /= m.lanes;
-  t.tile = rest % m.tiles;
-  rest /= m.tiles;
-  const uint32_t group = rest % m.lane_groups;
-  rest /= m.lane_groups;
-  t.strip = rest % m.strips;
-  t.image = rest / m.strips;
-  t.channel = (group * m.lanes + lane) * kVector;
+  const uint32_t lane = m.lanes.Take(rest);
+  t.tile = m.tiles.Take(rest);
+  const uint32_t group = m.lane_groups.Take(rest);
+  t.strip = m.strips.Take(rest);
+  t.image = rest;
+  t.channel = (group * m.lanes.value + lane) * kVector;
   return t;
 }
 

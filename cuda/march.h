@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/divisor.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
 
@@ -14,7 +15,7 @@ constexpr int kMarchThreads = 128;
 // `source` is what is read (x, or g for grad_input), `result` what is written.
 struct March {
   int64_t threads;
-  uint32_t lanes, lane_groups, tiles, strips;
+  Divisor lanes, lane_groups, tiles, strips;
   int strip_rows;
   int channels;
   int source_h, source_w, result_h, result_w;

@@ -278,6 +278,31 @@ def sample(choose: Callable[[Sequence[Any]], Any]) -> Case:
     )
 
 
+def usual(count: int = 72, seed: int = 3) -> list[Case]:
+    """What networks are made of, in every dtype: random cases that the specialised kernels take."""
+    choose = random.Random(seed).choice
+    found: dict[Case, None] = {}
+    while len(found) < count:
+        k = choose((3, 3, 5, 5, 7, 7, 2, 4, 6))
+        kernel_size = choose(((k, k), (k, k), (k, k), (k, choose((1, 2, 3, 5, 7))), (choose((1, 2, 3, 5)), k)))
+        stride = choose((1, 1, 2))
+        case = Case(
+            batch=choose((1, 2, 3, 9)),
+            size=(choose((1, 5, 7, 8, 14, 19)), choose((3, 7, 8, 9, 14, 17, 28, 33, 57))),
+            channels=choose((2, 4, 8, 16, 24, 32, 40, 48)),
+            kernel_size=kernel_size,
+            strides=(stride, stride),
+            padding=tuple((choose((0, n // 2, n // 2, n - 1, n)), choose((0, n // 2, n // 2, n))) for n in kernel_size),
+            dilation=(1, choose((1, 1, 1, 2))),
+            layout=choose(("NHWC", "NHWC", "NCHW")),
+            filter_layout=choose(("HWO", "HWO", "OHW")),
+            dtypes=(choose(("float32", "bfloat16", "bfloat16", "float16")),) * 3,
+        )
+        if min(case.output_size) > 0:
+            found[case] = None
+    return list(found)
+
+
 def random_cases(count: int, seed: int = 0) -> list[Case]:
     """Different random cases, always the same ones for a seed."""
     choose = random.Random(seed).choice

@@ -18,6 +18,11 @@ def test_grid(case):
     numerics.check(case, "forward")
 
 
+@pytest.mark.parametrize("case", cases.usual(), ids=str)
+def test_usual(case):
+    numerics.check(case, "forward")
+
+
 @pytest.mark.parametrize("case", cases.of_dtypes(cases.DTYPES_WITH_KERNEL, cases.DTYPES_BY_CONVERSION), ids=str)
 def test_dtypes(case):
     numerics.check(case, "forward")
@@ -50,6 +55,8 @@ def test_agrees_with_lax(case):
 
 NON_FINITE = (
     Case(channels=19, size=(9, 21)),
+    Case(channels=24, size=(9, 21), kernel_size=(5, 5), padding=((2, 2), (2, 2))),
+    Case(channels=16, size=(9, 37), strides=(2, 2)),
     Case(channels=3, size=(9, 37), layout="NCHW", filter_layout="OHW"),
     Case(channels=4, size=(9, 21), strides=(2, 3), dilation=(2, 1), multiplier=2),
     Case(channels=4, size=(9, 21), strides=(4, 4), layout="NCHW", multiplier=2),  # some inputs are read by nobody

@@ -27,6 +27,11 @@ def test_grid(case):
     numerics.check(case, "grad_filter")
 
 
+@pytest.mark.parametrize("case", cases.usual(), ids=str)
+def test_usual(case):
+    numerics.check(case, "grad_filter")
+
+
 @pytest.mark.parametrize("case", cases.of_dtypes(cases.DTYPES_WITH_KERNEL, cases.DTYPES_BY_CONVERSION), ids=str)
 def test_dtypes(case):
     numerics.check(case, "grad_filter")

@@ -18,6 +18,11 @@ def test_grid(case):
     numerics.check(case, "grad_input")
 
 
+@pytest.mark.parametrize("case", cases.usual(), ids=str)
+def test_usual(case):
+    numerics.check(case, "grad_input")
+
+
 @pytest.mark.parametrize("case", cases.of_dtypes(cases.DTYPES_WITH_KERNEL, cases.DTYPES_BY_CONVERSION), ids=str)
 def test_dtypes(case):
     numerics.check(case, "grad_input")
@@ -76,6 +81,8 @@ def test_unread_inputs_get_exact_zeros(case, layout):
         Case(channels=3, size=(9, 37), layout="NCHW", filter_layout="OHW"),
         Case(channels=4, size=(9, 21), strides=(2, 3), dilation=(2, 1), multiplier=2),
         Case(channels=4, size=(9, 21), strides=(2, 2), layout="NCHW", multiplier=2, dtypes=("bfloat16",) * 3),
+        Case(channels=24, size=(9, 21), dtypes=("bfloat16",) * 3),
+        Case(channels=16, size=(9, 38), strides=(2, 2), dtypes=("float16",) * 3),
     ],
     ids=str,
 )

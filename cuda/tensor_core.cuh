@@ -1,0 +1,95 @@
+// The instructions that C++ has no names for: asynchronous copies and matrix products (sm_80 and newer).
+#ifndef JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
+#define JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
+
+#include "cuda/dtypes.cuh"
+#include "cuda/packed.cuh"
+
+namespace dwsconv::cuda {
+
+// 16 bytes from global to shared memory, or zeros; nothing where not `wanted`.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(shared),
+               "l"(global), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+
+__device__ __forceinline__ void CopyAsync8(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of the committed groups of this thread are under way.
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The low or the high halves of two words.
+__device__ __forceinline__ uint32_t PickHalves(uint32_t first, uint32_t second, bool high) {
+  return __byte_perm(first, second, high ? 0x7632 : 0x5410);
+}
+
+#define DWSCONV_MMA(type)                                    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+      "{%10, %11, %12, %13};"                                \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])       \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+#define DWSCONV_HALF_MMA(type)                                    \
+  asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type       \
+      ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])            \
+      : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+
+// d = a * b + c, sixteen rows, eight columns, 16 or 8 terms.
+template <class T>
+__device__ __forceinline__ void MultiplyWhole(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                              uint32_t b1, const float (&c)[4], float (&d)[4]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    DWSCONV_MMA("bf16");
+  } else {
+    DWSCONV_MMA("f16");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void MultiplyHalf(uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4],
+                                             float (&d)[4]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    DWSCONV_HALF_MMA("bf16");
+  } else {
+    DWSCONV_HALF_MMA("f16");
+  }
+}
+#undef DWSCONV_MMA
+#undef DWSCONV_HALF_MMA
+
+// The same with 8 terms per pair of words.
+template <class T, int kPairs>
+__device__ __forceinline__ void Multiply(const uint32_t (&a)[kPairs][2], const uint32_t (&b)[kPairs],
+                                         const float (&c)[4], float (&d)[4]) {
+  static_assert(kPairs >= 1 && kPairs <= 3);
+  if constexpr (kPairs == 1) {
+    MultiplyHalf<T>(a[0][0], a[0][1], b[0], c, d);
+  } else {
+    MultiplyWhole<T>(a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1], c, d);
+    if constexpr (kPairs == 3) MultiplyHalf<T>(a[2][0], a[2][1], b[2], d, d);
+  }
+}
+
+// The same with c = 0.
+template <class T, int kPairs>
+__device__ __forceinline__ void MultiplyFirst(const uint32_t (&a)[kPairs][2], const uint32_t (&b)[kPairs],
+                                              float (&d)[4]) {
+  constexpr float kZero[4] = {};
+  Multiply<T>(a, b, kZero, d);
+}
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_

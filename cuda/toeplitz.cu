@@ -1,0 +1,106 @@
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/toeplitz.cuh"
+
+namespace dwsconv::cuda {
+namespace {
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int kK, Pass kPass>
+Toeplitz Describe(const Problem& p, const ToeplitzTile& tile, bool forward) {
+  using S = ToeplitzShape<kK, kPass>;
+  Toeplitz m{};
+  m.source_h = static_cast<int>(forward ? p.in_h : p.out_h);
+  m.source_w = static_cast<int>(forward ? p.in_w : p.out_w);
+  m.result_h = static_cast<int>(forward ? p.out_h : p.in_h);
+  m.result_w = static_cast<int>(forward ? p.out_w : p.in_w);
+  m.source_image_chunks = static_cast<int>((forward ? p.x.n : p.y.n) / kChunk);
+  m.source_row_chunks = static_cast<int>((forward ? p.x.h : p.y.h) / kChunk);
+  m.result_image_chunks = static_cast<int>((forward ? p.y.n : p.x.n) / kChunk);
+  m.result_row_chunks = static_cast<int>((forward ? p.y.h : p.x.h) / kChunk);
+  m.channels = static_cast<int>(p.channels);
+  m.filter_h = static_cast<int>(p.filter.h);
+  m.filter_w = static_cast<int>(p.filter.w);
+  m.filter_c = static_cast<int>(p.filter.c);
+  m.kernel_h = static_cast<int>(p.kernel_h);
+  m.kernel_w = Divisor(static_cast<uint32_t>(p.kernel_w));
+  m.dilation_w = static_cast<int>(p.dilation_w);
+  m.mirrored = !forward && !S::kGradient2;
+  m.pad_top = static_cast<int>(m.mirrored ? p.kernel_h - 1 - p.pad_top : p.pad_top);
+  m.pad_left = static_cast<int>(m.mirrored ? (p.kernel_w - 1) * p.dilation_w - p.pad_left : p.pad_left);
+
+  int64_t rows = m.result_h, columns = m.result_w;
+  if (S::kGradient2) {  // pairs of rows and whole pairs of columns, in padded coordinates
+    rows = CeilDiv(m.pad_top + rows, 2) - m.pad_top / 2;
+    columns += m.pad_left % 2;
+  }
+  m.marchers_wide = Divisor(static_cast<uint32_t>(tile.wide));
+  m.segments = kToeplitzMarchers / tile.wide;
+  m.stretches = Divisor(static_cast<uint32_t>(CeilDiv(columns, kToeplitzColumns * tile.wide)));
+  m.strip_rows = tile.rows;
+  m.strips = Divisor(static_cast<uint32_t>(CeilDiv(rows, tile.rows)));
+  m.total_segments = static_cast<uint32_t>(p.batch * m.strips.value * m.stretches.value);
+  m.channel_blocks = Divisor(static_cast<uint32_t>(CeilDiv(p.channels, tile.channels)));
+  const int others = (tile.wide - 1) * S::kMarcherPixels, pixels = others + 4 * S::kSlots;
+  const int needed = S::kGradient2
+                         ? S::kPixels
+                         : (kToeplitzColumns - 1) * S::kStride + static_cast<int>((p.kernel_w - 1) * p.dilation_w) + 1;
+  m.pixels = Divisor(static_cast<uint32_t>(pixels));
+  m.span = others + needed;
+  int units = static_cast<int>(CeilDiv(pixels, S::kMarcherPixels));
+  if (tile.wide == 1 && units % 2 == 0) ++units;  // neighbours in different banks
+  m.pitch = units * S::kMarcherPixels;
+  return m;
+}
+
+struct Operands {
+  const void *source, *filter;
+  void* result;
+};
+
+template <class T, int kK, Pass kPass, int kBlock>
+void Launch(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands, cudaStream_t stream) {
+  using Memory = ToeplitzMemory<kK, kPass, kBlock>;
+  const Toeplitz m = Describe<kK, kPass>(p, tile, forward);
+  const int shared = Memory(m).end;
+  const auto kernel = ToeplitzKernel<T, kK, kPass, kBlock>;
+  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  const auto blocks = static_cast<unsigned>(CeilDiv(m.total_segments, m.segments) * m.channel_blocks.value);
+  kernel<<<blocks, Memory::kThreads, shared, stream>>>(m, static_cast<const T*>(operands.source),
+                                                       static_cast<const T*>(operands.filter),
+                                                       static_cast<T*>(operands.result));
+}
+
+template <class T, Pass kPass>
+bool LaunchPass(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands,
+                cudaStream_t stream) {
+#define DWSCONV_TRY(kK, kBlock)                                       \
+  if (tile.kernel_size == kK && tile.channels == kBlock) {            \
+    Launch<T, kK, kPass, kBlock>(p, forward, tile, operands, stream); \
+    return true;                                                      \
+  }
+  DWSCONV_TOEPLITZ_BLOCKS(DWSCONV_TRY)
+#undef DWSCONV_TRY
+  return false;
+}
+
+template <class T>
+bool LaunchFor(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands,
+               cudaStream_t stream) {
+  if (p.stride_h == 1) return LaunchPass<T, Pass::kStride1>(p, forward, tile, operands, stream);
+  if (forward) return LaunchPass<T, Pass::kStride2>(p, forward, tile, operands, stream);
+  return LaunchPass<T, Pass::kStride2Gradient>(p, forward, tile, operands, stream);
+}
+
+}  // namespace
+
+bool LaunchToeplitz(const Problem& p, bool forward, const ToeplitzTile& tile, const void* source, const void* filter,
+                    void* result, cudaStream_t stream) {
+  const Operands operands{source, filter, result};
+  if (p.x_dtype == Dtype::kBF16) return LaunchFor<BFloat16>(p, forward, tile, operands, stream);
+  return p.x_dtype == Dtype::kF16 && LaunchFor<Float16>(p, forward, tile, operands, stream);
+}
+
+}  // namespace dwsconv::cuda
