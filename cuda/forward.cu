@@ -13,7 +13,7 @@ bool LaunchForward(const Problem& p, const Device& device, const void* x, const 
       if (LaunchToeplitz(p, /*forward=*/true, plan.toeplitz, x, filter, y, stream)) return true;
       break;
     case PassPlan::Kernel::kMarch:
-      if (LaunchMarch(p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
+      if (LaunchMarch(plan.turned ? Turned(p) : p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

@@ -3,20 +3,21 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/kernels.h"
+#include "cuda/tap_sums.h"
 
 namespace dwsconv::cuda {
 namespace {
 
-constexpr int kTaps = GradFilterPlan::kTapsPerThread;
-constexpr int kWarps = GradFilterPlan::kWarps;
-constexpr int kLanes = GradFilterPlan::kLanes;
+constexpr int kTaps = GradFilterPieces::kTapsPerThread;
+constexpr int kWarps = GradFilterPieces::kWarps;
+constexpr int kLanes = GradFilterPieces::kLanes;
 
 // Which tap sums a block computes, over which rows of g.
 struct Block {
   int64_t split, group, tap_row, first_tap, channel_tile;
 };
 
-__device__ Block LocateBlock(const Problem& p, const GradFilterPlan& plan, int64_t index) {
+__device__ Block LocateBlock(const Problem& p, const GradFilterPieces& plan, int64_t index) {
   Block b;
   b.channel_tile = index % plan.channel_tiles;
   index /= plan.channel_tiles;
@@ -69,7 +70,7 @@ __device__ void ReduceBlock(float (&sums)[kTaps], int lane, int warp) {
 
 template <bool kChannelsLast, class X, class Y>
 __global__ void __launch_bounds__(kLanes* kWarps)
-    PartialSumsKernel(const __grid_constant__ Problem p, const __grid_constant__ GradFilterPlan plan,
+    PartialSumsKernel(const __grid_constant__ Problem p, const __grid_constant__ GradFilterPieces plan,
                       const X* __restrict__ x, const Y* __restrict__ g, float* __restrict__ workspace) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   for (int64_t index = blockIdx.x; index < plan.blocks; index += gridDim.x) {
@@ -98,21 +99,38 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   }
 }
 
-// Adds the parts in order and writes the filter in its own order and dtype.
+constexpr int kAddWidth = 32, kAddWarps = 8;
+
+// Adds the parts and writes the filter in its own order and dtype. Warp w adds the parts w, w + kAddWarps, ... of the
+// elements of its lanes; then the first warp adds the warps' sums.
 template <class F>
-__global__ void AddPartsKernel(const __grid_constant__ Problem p, int64_t splits, const float* __restrict__ workspace,
-                               F* __restrict__ filter) {
-  const int64_t count = p.filter_elements(), step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+__global__ void __launch_bounds__(kAddWidth* kAddWarps)
+    AddPartsKernel(const __grid_constant__ Problem p, int splits, const float* __restrict__ workspace,
+                   F* __restrict__ filter) {
+  __shared__ float shared[kAddWarps][kAddWidth];
+  const int lane = threadIdx.x % kAddWidth, warp = threadIdx.x / kAddWidth;
+  const int64_t count = p.filter_elements();
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kAddWidth; first < count;
+       first += static_cast<int64_t>(gridDim.x) * kAddWidth) {
+    const int64_t i = first + lane;
     float sum = 0;
-    for (int64_t split = 0; split < splits; ++split) sum += workspace[split * count + i];
-    int64_t rest = i;
-    const int64_t channel = rest % p.out_channels();
-    rest /= p.out_channels();
-    const int64_t column = rest % p.kernel_w;
-    rest /= p.kernel_w;
-    filter[rest / p.kernel_h * p.filter.n + rest % p.kernel_h * p.filter.h + column * p.filter.w +
-           channel * p.filter.c] = FromFloat<F>(sum);
+    if (i < count) {
+#pragma unroll 8
+      for (int split = warp; split < splits; split += kAddWarps) sum += workspace[split * count + i];
+    }
+    shared[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && i < count) {
+      for (int other = 1; other < kAddWarps; ++other) sum += shared[other][lane];
+      int64_t rest = i;
+      const int64_t channel = rest % p.out_channels();
+      rest /= p.out_channels();
+      const int64_t column = rest % p.kernel_w;
+      rest /= p.kernel_w;
+      filter[rest / p.kernel_h * p.filter.n + rest % p.kernel_h * p.filter.h + column * p.filter.w +
+             channel * p.filter.c] = FromFloat<F>(sum);
+    }
+    __syncthreads();
   }
 }
 
@@ -128,12 +146,16 @@ bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* 
     using X = typename decltype(x_type)::type;
     using F = typename decltype(filter_type)::type;
     using Y = typename decltype(y_type)::type;
-    const auto partial_sums = p.channels_last ? PartialSumsKernel<true, X, Y> : PartialSumsKernel<false, X, Y>;
-    partial_sums<<<GridSize(plan.blocks), kLanes * kWarps, 0, stream>>>(p, plan, static_cast<const X*>(x),
-                                                                        static_cast<const Y*>(g), workspace);
-    constexpr int kThreads = 128;
-    AddPartsKernel<F><<<GridSize((p.filter_elements() + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-        p, plan.splits, workspace, static_cast<F*>(filter));
+    if (plan.kernel == GradFilterPlan::Kernel::kTapSums) {
+      LaunchTapSums(plan.turned ? Turned(p) : p, plan.tap_sums, x, g, workspace, stream);
+    } else {
+      const auto partial_sums = p.channels_last ? PartialSumsKernel<true, X, Y> : PartialSumsKernel<false, X, Y>;
+      partial_sums<<<GridSize(plan.pieces.blocks), kLanes * kWarps, 0, stream>>>(
+          p, plan.pieces, static_cast<const X*>(x), static_cast<const Y*>(g), workspace);
+    }
+    AddPartsKernel<F>
+        <<<GridSize((p.filter_elements() + kAddWidth - 1) / kAddWidth), kAddWidth * kAddWarps, 0, stream>>>(
+            p, static_cast<int>(plan.splits), workspace, static_cast<F*>(filter));
   });
 }
 

@@ -13,7 +13,7 @@ bool LaunchGradInput(const Problem& p, const Device& device, const void* g, cons
       if (LaunchToeplitz(p, /*forward=*/false, plan.toeplitz, g, filter, x, stream)) return true;
       break;
     case PassPlan::Kernel::kMarch:
-      if (LaunchMarch(p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
+      if (LaunchMarch(plan.turned ? Turned(p) : p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

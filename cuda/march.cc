@@ -1,31 +1,21 @@
 #include "cuda/march.h"
 
 namespace dwsconv::cuda {
+
+Grid InputGrid(const Problem& p) { return {static_cast<int>(p.in_h), static_cast<int>(p.in_w), p.x}; }
+
+Grid OutputGrid(const Problem& p) { return {static_cast<int>(p.out_h), static_cast<int>(p.out_w), p.y}; }
+
 namespace {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The most lanes up to a warp that divide the vectors evenly, so that none is idle.
-uint32_t Lanes(uint32_t vectors) {
-  if (vectors <= 32) return vectors;
-  uint32_t lanes = 32;
-  while (vectors % lanes != 0) --lanes;
-  return lanes;
-}
 
 March Describe(const Problem& p, const MarchTile& tile, bool forward) {
   const bool stride_2_gradient = !forward && p.stride_h == 2;
   March m{};
   m.strip_rows = tile.rows;
-  m.channels = static_cast<int>(p.channels);
-  m.source_h = static_cast<int>(forward ? p.in_h : p.out_h);
-  m.source_w = static_cast<int>(forward ? p.in_w : p.out_w);
-  m.result_h = static_cast<int>(forward ? p.out_h : p.in_h);
-  m.result_w = static_cast<int>(forward ? p.out_w : p.in_w);
-  m.source_image = forward ? p.x.n : p.y.n;
-  m.source_row = forward ? p.x.h : p.y.h;
-  m.result_image = forward ? p.y.n : p.x.n;
-  m.result_row = forward ? p.y.h : p.x.h;
+  m.source = forward ? InputGrid(p) : OutputGrid(p);
+  m.result = forward ? OutputGrid(p) : InputGrid(p);
   m.filter = p.filter;
   m.images_per_group = p.groups == 1 ? 0 : p.images_per_group();
   m.filter_is_float = p.filter_dtype == Dtype::kF32;
@@ -33,13 +23,13 @@ March Describe(const Problem& p, const MarchTile& tile, bool forward) {
   m.pad_top = static_cast<int>(m.mirrored ? p.kernel_h - 1 - p.pad_top : p.pad_top);
   m.pad_left = static_cast<int>(m.mirrored ? p.kernel_w - 1 - p.pad_left : p.pad_left);
 
-  int64_t rows = m.result_h, columns = m.result_w;
+  int64_t rows = m.result.h, columns = m.result.w;
   if (stride_2_gradient) {  // in pairs of padded coordinates
-    rows = CeilDiv(m.pad_top + m.result_h, 2) - m.pad_top / 2;
-    columns = CeilDiv(m.pad_left + m.result_w, 2) - m.pad_left / 2;
+    rows = CeilDiv(m.pad_top + m.result.h, 2) - m.pad_top / 2;
+    columns = CeilDiv(m.pad_left + m.result.w, 2) - m.pad_left / 2;
   }
   const uint32_t vectors = static_cast<uint32_t>(p.channels / tile.vector);
-  const uint32_t lanes = Lanes(vectors);
+  const auto lanes = static_cast<uint32_t>(ChannelLanes(p, tile.vector));
   m.lanes = Divisor(lanes);
   m.lane_groups = Divisor(vectors / lanes);
   m.tiles = Divisor(static_cast<uint32_t>(CeilDiv(columns, tile.columns)));
@@ -55,6 +45,7 @@ bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const vo
   const MarchCall call{Describe(p, tile, forward),
                        tile,
                        static_cast<int>(p.kernel_h),
+                       static_cast<int>(p.kernel_w),
                        forward ? p.x_dtype : p.y_dtype,
                        forward ? p.y_dtype : p.x_dtype,
                        source,

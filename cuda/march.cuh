@@ -1,6 +1,6 @@
-// The specialised kernels for NHWC: every thread owns a vector of channels and a few neighbouring columns and marches
-// down the rows. A row is read once, one row ahead of its use, and added into all the results that it reaches (row
-// reuse); a column feeds all the taps of the row from registers (column reuse).
+// The specialised kernels for all dtypes: every thread owns a vector of channels and a few neighbouring columns and
+// marches down the rows. A row is read once, one row ahead of its use, and added into all the results that it reaches
+// (row reuse); a column feeds all the taps of the row from registers (column reuse).
 #ifndef JAX_DWSCONV_CUDA_MARCH_CUH_
 #define JAX_DWSCONV_CUDA_MARCH_CUH_
 
@@ -8,7 +8,7 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/march.h"
-#include "cuda/packed.cuh"
+#include "cuda/row.cuh"
 
 namespace dwsconv::cuda {
 
@@ -39,45 +39,22 @@ __device__ MarchThread LocateThread(const March& m) {
 template <class X, class Y>
 using Narrower = std::conditional_t<(sizeof(X) < sizeof(Y)), X, Y>;
 
-template <class F, int kK, int kVector>
-__device__ void LoadFilter(const March& m, const MarchThread& t, const void* filter, float (&taps)[kK][kK][kVector]) {
+template <class F, int kH, int kW, int kVector>
+__device__ void LoadFilter(const March& m, const MarchThread& t, const void* filter, float (&taps)[kH][kW][kVector]) {
   const int64_t offset =
       (m.images_per_group == 0 ? 0 : t.image / m.images_per_group) * m.filter.n + t.channel * m.filter.c;
 #pragma unroll
-  for (int i = 0; i < kK; ++i) {
+  for (int i = 0; i < kH; ++i) {
 #pragma unroll
-    for (int j = 0; j < kK; ++j) {
+    for (int j = 0; j < kW; ++j) {
       const int64_t tap =
-          offset + (m.mirrored ? kK - 1 - i : i) * m.filter.h + (m.mirrored ? kK - 1 - j : j) * m.filter.w;
+          offset + (m.mirrored ? kH - 1 - i : i) * m.filter.h + (m.mirrored ? kW - 1 - j : j) * m.filter.w;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const int64_t at = tap + v * m.filter.c;
         taps[i][j][v] =
             m.filter_is_float ? static_cast<const float*>(filter)[at] : ToFloat(static_cast<const F*>(filter)[at]);
       }
-    }
-  }
-}
-
-// Columns [first, first + kColumns) of one row; zeros outside the image.
-template <class X, int kVector, int kColumns>
-__device__ __forceinline__ void LoadRow(const March& m, const X* image, int row, int first, bool inside,
-                                        Packed<X, kVector> (&columns)[kColumns]) {
-  const bool row_inside = static_cast<unsigned>(row) < static_cast<unsigned>(m.source_h);
-  const X* p = image + static_cast<int64_t>(row) * m.source_row + static_cast<int64_t>(first) * m.channels;
-  if (row_inside && inside) {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      columns[j] = *reinterpret_cast<const Packed<X, kVector>*>(p + j * m.channels);
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    if (row_inside && static_cast<unsigned>(first + j) < static_cast<unsigned>(m.source_w)) {
-      columns[j] = *reinterpret_cast<const Packed<X, kVector>*>(p + j * m.channels);
-    } else {
-      columns[j] = {};
     }
   }
 }
@@ -104,15 +81,6 @@ __device__ __forceinline__ void AddTaps(const float (&in)[kColumns][kVector], co
 }
 
 template <int kTile, int kVector>
-__device__ __forceinline__ void Copy(const float (&from)[kTile][kVector], float (&to)[kTile][kVector]) {
-#pragma unroll
-  for (int b = 0; b < kTile; ++b) {
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) to[b][v] = from[b][v];
-  }
-}
-
-template <int kTile, int kVector>
 __device__ __forceinline__ void Clear(float (&sums)[kTile][kVector]) {
 #pragma unroll
   for (int b = 0; b < kTile; ++b) {
@@ -121,41 +89,36 @@ __device__ __forceinline__ void Clear(float (&sums)[kTile][kVector]) {
   }
 }
 
-template <class X, int kVector, int kColumns>
-__device__ __forceinline__ void Convert(const Packed<X, kVector> (&columns)[kColumns], float (&in)[kColumns][kVector]) {
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) columns[j].Unpack(in[j]);
-}
-
 // Stride kS, kTile result columns per thread, kAhead rows loaded before they are used. The input gradient of stride 1
 // is the same with the filter mirrored.
 //
 // sums[s] belongs to the result whose taps of the first s * kS rows are added. With every row the sums move on by a
 // place, and the compiler lets the addition do the moving: so the loop needs no unrolling over the places, and its code
 // stays small enough for the instruction cache.
-template <class X, class Y, int kK, int kS, int kVector, int kTile, int kAhead>
+template <class X, class Y, int kH, int kW, int kS, int kVector, int kTile, int kAhead>
 __global__ void __launch_bounds__(kMarchThreads)
     MarchKernel(const __grid_constant__ March m, const X* __restrict__ source, const void* __restrict__ filter,
                 Y* __restrict__ result) {
-  static_assert(kS == 1 || (kS == 2 && kK % 2 == 1 && kAhead % 2 == 0));
-  constexpr int kColumns = (kTile - 1) * kS + kK;
-  constexpr int kLast = (kK - 1) / kS;  // the place of the sums that are complete after the row
+  static_assert(kS == 1 || (kS == 2 && kH % 2 == 1 && kAhead % 2 == 0));
+  constexpr int kColumns = (kTile - 1) * kS + kW;
+  constexpr int kLast = (kH - 1) / kS;  // the place of the sums that are complete after the row
   const MarchThread t = LocateThread<kVector>(m);
   if (!t.active) return;
 
-  const int first_out = t.strip * m.strip_rows, last_out = min(first_out + m.strip_rows, m.result_h);
+  const int first_out = t.strip * m.strip_rows, last_out = min(first_out + m.strip_rows, m.result.h);
   const int first_column = t.tile * kTile * kS - m.pad_left;
-  const bool inside = first_column >= 0 && first_column + kColumns <= m.source_w;
-  const X* image = source + t.image * m.source_image + t.channel;
-  Y* out = result + t.image * m.result_image + static_cast<int64_t>(first_out) * m.result_row +
-           static_cast<int64_t>(t.tile) * kTile * m.channels + t.channel;
-  const int columns_left = m.result_w - t.tile * kTile;
+  const bool inside = first_column >= 0 && first_column + kColumns <= m.source.w;
+  const X* image = source + t.image * m.source.step.n + t.channel * m.source.step.c;
+  Y* out = result + t.image * m.result.step.n + first_out * m.result.step.h + t.tile * kTile * m.result.step.w +
+           t.channel * m.result.step.c;
+  const int pixel = static_cast<int>(m.result.step.w);
+  const int columns_left = m.result.w - t.tile * kTile;
 
   Packed<X, kVector> ahead[kAhead][kColumns];
-  const int begin = first_out * kS - m.pad_top, end = (last_out - 1) * kS - m.pad_top + kK;
+  const int begin = first_out * kS - m.pad_top, end = (last_out - 1) * kS - m.pad_top + kH;
 #pragma unroll
-  for (int a = 0; a < kAhead; ++a) LoadRow(m, image, begin + a, first_column, inside, ahead[a]);
-  float taps[kK][kK][kVector];
+  for (int a = 0; a < kAhead; ++a) LoadRow(m.source, image, begin + a, first_column, inside, ahead[a]);
+  float taps[kH][kW][kVector];
   LoadFilter<Narrower<X, Y>>(m, t, filter, taps);
 
   float sums[kLast + 1][kTile][kVector] = {};
@@ -165,15 +128,15 @@ __global__ void __launch_bounds__(kMarchThreads)
       if (row >= end) break;
       float in[kColumns][kVector];
       Convert(ahead[u], in);
-      if (row + kAhead < end) LoadRow(m, image, row + kAhead, first_column, inside, ahead[u]);
+      if (row + kAhead < end) LoadRow(m.source, image, row + kAhead, first_column, inside, ahead[u]);
       if (kS == 1 || u % 2 == 0) {  // rows that complete a result
-        AddTaps<kS>(in, taps[kK - 1], sums[kLast]);
-        if (row - begin >= kK - 1) {
+        AddTaps<kS>(in, taps[kH - 1], sums[kLast]);
+        if (row - begin >= kH - 1) {
 #pragma unroll
           for (int b = 0; b < kTile; ++b) {
-            if (b < columns_left) StoreVector(out + b * m.channels, sums[kLast][b]);
+            if (b < columns_left) StoreVector(out + b * pixel, sums[kLast][b]);
           }
-          out += m.result_row;
+          out += m.result.step.h;
         }
       }
       if constexpr (kS == 1) {
@@ -227,17 +190,18 @@ __global__ void __launch_bounds__(kMarchThreads)
   if (!t.active) return;
 
   const int first_pair = m.pad_top / 2 + t.strip * m.strip_rows;  // pairs of result rows, in padded coordinates
-  const int end = min(first_pair + m.strip_rows, (m.pad_top + m.result_h + 1) / 2);
+  const int end = min(first_pair + m.strip_rows, (m.pad_top + m.result.h + 1) / 2);
   const int first_out_column = (m.pad_left / 2 + t.tile * kTile) * 2 - m.pad_left;
   const int first_column = m.pad_left / 2 + t.tile * kTile - kHalo;
-  const bool inside = first_column >= 0 && first_column + kColumns <= m.source_w;
-  const X* image = source + t.image * m.source_image + t.channel;
-  Y* out = result + t.image * m.result_image + static_cast<int64_t>(first_out_column) * m.channels + t.channel;
+  const bool inside = first_column >= 0 && first_column + kColumns <= m.source.w;
+  const X* image = source + t.image * m.source.step.n + t.channel * m.source.step.c;
+  Y* out = result + t.image * m.result.step.n + first_out_column * m.result.step.w + t.channel * m.result.step.c;
+  const int pixel = static_cast<int>(m.result.step.w);
 
   Packed<X, kVector> ahead[kAhead][kColumns];
   const int begin = first_pair - kHalo;
 #pragma unroll
-  for (int a = 0; a < kAhead; ++a) LoadRow(m, image, begin + a, first_column, inside, ahead[a]);
+  for (int a = 0; a < kAhead; ++a) LoadRow(m.source, image, begin + a, first_column, inside, ahead[a]);
   float taps[kK][kK][kVector];
   LoadFilter<Narrower<X, Y>>(m, t, filter, taps);
 
@@ -248,16 +212,16 @@ __global__ void __launch_bounds__(kMarchThreads)
       if (row >= end) break;
       float in[kColumns][kVector];
       Convert(ahead[u], in);
-      if (row + kAhead < end) LoadRow(m, image, row + kAhead, first_column, inside, ahead[u]);
+      if (row + kAhead < end) LoadRow(m.source, image, row + kAhead, first_column, inside, ahead[u]);
 #pragma unroll
       for (int parity = 0; parity < 2; ++parity) {
         AddTapsStride2<kK, kVector, kTile>(in, taps[parity], sums[parity]);
         const int out_row = 2 * row + parity - m.pad_top;
-        if (row >= first_pair && static_cast<unsigned>(out_row) < static_cast<unsigned>(m.result_h)) {
+        if (row >= first_pair && static_cast<unsigned>(out_row) < static_cast<unsigned>(m.result.h)) {
 #pragma unroll
           for (int w = 0; w < kWide; ++w) {
-            if (static_cast<unsigned>(first_out_column + w) < static_cast<unsigned>(m.result_w)) {
-              StoreVector(out + static_cast<int64_t>(out_row) * m.result_row + w * m.channels, sums[parity][w]);
+            if (static_cast<unsigned>(first_out_column + w) < static_cast<unsigned>(m.result.w)) {
+              StoreVector(out + out_row * m.result.step.h + w * pixel, sums[parity][w]);
             }
           }
         }

@@ -12,14 +12,18 @@ namespace dwsconv::cuda {
 
 constexpr int kMarchThreads = 128;
 
+// x or y: the sizes of an image, and the distances between neighbours.
+struct Grid {
+  int h, w;
+  Strides step;
+};
+
 // `source` is what is read (x, or g for grad_input), `result` what is written.
 struct March {
   int64_t threads;
   Divisor lanes, lane_groups, tiles, strips;
   int strip_rows;
-  int channels;
-  int source_h, source_w, result_h, result_w;
-  int64_t source_image, source_row, result_image, result_row;  // distances in elements
+  Grid source, result;
   Strides filter;
   int64_t images_per_group;  // 0: one filter for all images
   int pad_top, pad_left;
@@ -30,12 +34,15 @@ struct March {
 struct MarchCall {
   March march;
   MarchTile tile;
-  int kernel_size;
+  int kernel_h, kernel_w;
   Dtype source_dtype, result_dtype;
   const void *source, *filter;
   void* result;
   cudaStream_t stream;
 };
+
+Grid InputGrid(const Problem& p);   // of x
+Grid OutputGrid(const Problem& p);  // of y
 
 // forward, else grad_input. Returns false where there is no instance for the dtypes.
 bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,

@@ -2,6 +2,8 @@
 #ifndef JAX_DWSCONV_CUDA_MARCH_LAUNCH_CUH_
 #define JAX_DWSCONV_CUDA_MARCH_LAUNCH_CUH_
 
+#include <type_traits>
+
 #include "cuda/dtypes.cuh"
 #include "cuda/march.cuh"
 #include "cuda/march.h"
@@ -13,26 +15,25 @@ struct Int {
   static constexpr int value = kValue;
 };
 
-// Calls visit(Int<kernel size>, Int<vector>, Int<columns>, Int<ahead>) for the tile of the call.
+// Calls visit(Int<kernel_h>, Int<kernel_w>, Int<vector>, Int<columns>, Int<ahead>) for the tile of the call; it returns
+// whether it has such an instance.
 template <class Visit>
 bool WithMarchTile(const MarchCall& call, const Visit& visit) {
-#define DWSCONV_TRY(kVector, kColumns, kAhead)                                                     \
-  if (call.tile.vector == kVector && call.tile.columns == kColumns && call.tile.ahead == kAhead) { \
-    visit(kernel_size, Int<kVector>{}, Int<kColumns>{}, Int<kAhead>{});                            \
-    return true;                                                                                   \
+#define DWSCONV_TRY(kH, kW, kVector, kColumns, kAhead)                                                              \
+  if (call.kernel_h == kH && call.kernel_w == kW && call.tile.vector == kVector && call.tile.columns == kColumns && \
+      call.tile.ahead == kAhead) {                                                                                  \
+    return visit(Int<kH>{}, Int<kW>{}, Int<kVector>{}, Int<kColumns>{}, Int<kAhead>{});                             \
   }
-  if (call.kernel_size == 3) {
-    constexpr Int<3> kernel_size;
-    DWSCONV_MARCH_TILES_3(DWSCONV_TRY)
-  } else if (call.kernel_size == 5) {
-    constexpr Int<5> kernel_size;
-    DWSCONV_MARCH_TILES_5(DWSCONV_TRY)
-  } else if (call.kernel_size == 7) {
-    constexpr Int<7> kernel_size;
-    DWSCONV_MARCH_TILES_7(DWSCONV_TRY)
-  }
+  DWSCONV_MARCH_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY
   return false;
+}
+
+// Which of the tiles are compiled for a source of type S and a result of type R: mixed types have those that most
+// layers take.
+template <class S, class R>
+constexpr bool HasMarchInstance(int kernel_h, int kernel_w, int vector, int columns) {
+  return std::is_same_v<S, R> || (kernel_h == kernel_w && vector * columns >= 4);
 }
 
 template <class S, class R>

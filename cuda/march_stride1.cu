@@ -7,8 +7,12 @@ bool LaunchMarchStride1(const MarchCall& call) {
   const auto launch = [&](auto source, auto result) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
-    return WithMarchTile(call, [&](auto size, auto vector, auto columns, auto ahead) {
-      LaunchMarchKernel(MarchKernel<S, R, size.value, 1, vector.value, columns.value, ahead.value>, call);
+    return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
+      constexpr bool kHas = HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      if constexpr (kHas) {
+        LaunchMarchKernel(MarchKernel<S, R, h.value, w.value, 1, vector.value, columns.value, ahead.value>, call);
+      }
+      return kHas;
     });
   };
   return IfDtypes<float, float>(call, Dtype::kF32, Dtype::kF32, launch) ||

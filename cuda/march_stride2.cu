@@ -6,8 +6,12 @@ bool LaunchMarchStride2Forward(const MarchCall& call) {
   const auto launch = [&](auto source, auto result) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
-    return WithMarchTile(call, [&](auto size, auto vector, auto columns, auto ahead) {
-      LaunchMarchKernel(MarchKernel<S, R, size.value, 2, vector.value, columns.value, ahead.value>, call);
+    return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
+      constexpr bool kHas = h.value == w.value && HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      if constexpr (kHas) {
+        LaunchMarchKernel(MarchKernel<S, R, h.value, w.value, 2, vector.value, columns.value, ahead.value>, call);
+      }
+      return kHas;
     });
   };
   return IfDtypes<float, float>(call, Dtype::kF32, Dtype::kF32, launch) ||
@@ -21,8 +25,12 @@ bool LaunchMarchStride2Gradient(const MarchCall& call) {
   const auto launch = [&](auto source, auto result) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
-    return WithMarchTile(call, [&](auto size, auto vector, auto columns, auto ahead) {
-      LaunchMarchKernel(MarchStride2GradientKernel<S, R, size.value, vector.value, columns.value, ahead.value>, call);
+    return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
+      constexpr bool kHas = h.value == w.value && HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      if constexpr (kHas) {
+        LaunchMarchKernel(MarchStride2GradientKernel<S, R, h.value, vector.value, columns.value, ahead.value>, call);
+      }
+      return kHas;
     });
   };
   return IfDtypes<float, float>(call, Dtype::kF32, Dtype::kF32, launch) ||

@@ -4,18 +4,35 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <optional>
+#include <utility>
 
 namespace dwsconv {
 namespace {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr MarchTile kMarchTiles3[] = {
-#define DWSCONV_TILE(vector, columns, ahead) {vector, columns, ahead, 0},
-    DWSCONV_MARCH_TILES_3(DWSCONV_TILE)};
-constexpr MarchTile kMarchTiles5[] = {DWSCONV_MARCH_TILES_5(DWSCONV_TILE)};
-constexpr MarchTile kMarchTiles7[] = {DWSCONV_MARCH_TILES_7(DWSCONV_TILE)};
+struct MarchInstance {
+  int kernel_h, kernel_w;
+  MarchTile tile;
+};
+
+constexpr MarchInstance kMarchInstances[] = {
+#define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) {kernel_h, kernel_w, {vector, columns, ahead, 0}},
+    DWSCONV_MARCH_TILES(DWSCONV_TILE)
 #undef DWSCONV_TILE
+};
+
+struct TapSumsInstance {
+  int kernel_h, kernel_w, ahead;
+  TapSumsTile tile;
+};
+
+constexpr TapSumsInstance kTapSumsInstances[] = {
+#define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) {kernel_h, kernel_w, ahead, {vector, columns, 0, 0}},
+    DWSCONV_TAP_SUMS_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
 
 constexpr ToeplitzTile kToeplitzBlocks[] = {
 #define DWSCONV_BLOCK(kernel_size, channels) {kernel_size, channels, 0, 0},
@@ -28,7 +45,8 @@ int64_t BytesOf(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype:
 // What a pass reads and writes: x and y for forward, the reverse for grad_input.
 struct Sizes {
   Sizes(const Problem& p, bool forward)
-      : kernel(p.kernel_h),
+      : kernel_h(p.kernel_h),
+        kernel_w(p.kernel_w),
         stride(p.stride_h),
         doubles(!forward && stride == 2),
         source_bytes(BytesOf(forward ? p.x_dtype : p.y_dtype)),
@@ -43,7 +61,7 @@ struct Sizes {
     }
   }
 
-  int64_t kernel, stride;
+  int64_t kernel_h, kernel_w, stride;
   bool doubles;
   int64_t source_bytes, result_bytes, source_elements, result_elements;
   int64_t rows, columns;
@@ -53,18 +71,18 @@ struct Sizes {
 // tiles over the layers of benchmarks/operators.py on an H100 (see docs/performance.md).
 double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
-  const double k = m.kernel, v = tile.vector, t = tile.columns;
-  const double loads = m.doubles ? t + (m.kernel - 1) / 2 : (t - 1) * m.stride + k;
+  const double kh = m.kernel_h, kw = m.kernel_w, v = tile.vector, t = tile.columns;
+  const double loads = m.doubles ? t + (m.kernel_w - 1) / 2 : (t - 1) * m.stride + kw;
   const double results = m.doubles ? 4 * t : t / m.stride;  // stores per source row
-  const double products = m.doubles ? k * k * t : k * k * t / m.stride;
-  const double places = m.doubles ? 2 * (k - 2) : (m.kernel - 1) / m.stride + 1;
-  const double source_rows = m.doubles ? tile.rows + (m.kernel - 1) / 2 : tile.rows * m.stride + k - m.stride;
+  const double products = m.doubles ? kh * kw * t : kh * kw * t / m.stride;
+  const double places = m.doubles ? 2 * (kh - 2) : (m.kernel_h - 1) / m.stride + 1;
+  const double source_rows = m.doubles ? tile.rows + (m.kernel_h - 1) / 2 : tile.rows * m.stride + kh - m.stride;
 
   const double threads =
       double(p.batch) * CeilDiv(m.rows, tile.rows) * CeilDiv(m.columns, tile.columns) * (p.channels / tile.vector);
   const double blocks = std::ceil(threads / kThreads);
   const double registers =
-      69 + k * k * v + places * t * v + loads * v + tile.ahead * loads * std::max(1.0, v * m.source_bytes / 4.0);
+      69 + kh * kw * v + places * t * v + loads * v + tile.ahead * loads * std::max(1.0, v * m.source_bytes / 4.0);
   const double resident =
       std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
@@ -73,7 +91,7 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
 
   const bool converts = m.source_bytes == 2;
   const double per_row = products * v + loads * (6 + (converts ? 0.75 * v : 0)) + results * (4 + 0.7 * v) + 57;
-  const double instructions = 760 + 2.4 * k * k * v + source_rows * per_row;
+  const double instructions = 760 + 2.4 * kh * kw * v + source_rows * per_row;
   const double issue = 1.36 * instructions * active;
   const double latency = 590 + source_rows * 970 / tile.ahead + 1.8 * instructions;
   const double compute = waves * std::max(issue, latency);
@@ -86,15 +104,19 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
   return std::max(compute, memory) + 0.12 * std::min(compute, memory);
 }
 
+// Neither dilated nor strided by more than the instances are; those with one row or column have stride 1.
+bool UsualWindow(const Problem& p) {
+  const int64_t most = p.kernel_h == p.kernel_w ? 2 : 1;
+  return p.stride_h == p.stride_w && p.stride_h <= most && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
 bool MarchApplies(const Problem& p, bool forward) {
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
-  const bool usual_kernel = p.kernel_h == p.kernel_w && (p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7);
-  const bool usual_window = p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1;
   const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
   const bool sizes_fit = p.x.n <= kLargest && p.y.n <= kLargest && p.x_elements() <= kLargest * 2 &&
                          p.y_elements() <= kLargest * 2 &&
                          std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
-  return p.channels_last && p.multiplier == 1 && usual_kernel && usual_window && pads_fit && sizes_fit;
+  return p.multiplier == 1 && UsualWindow(p) && pads_fit && sizes_fit;
 }
 
 // The smallest kernel size with an instance of toeplitz.cuh that holds the filter; 0 for none.
@@ -183,26 +205,39 @@ void ForStripRows(int64_t rows, const Visit& visit) {
   }
 }
 
-void ConsiderMarch(const Problem& p, const Sizes& m, const Device& device, int64_t alignment, PassPlan& best) {
-  const auto consider = [&](auto& tiles) {
-    for (MarchTile tile : tiles) {
-      const int64_t widest = tile.vector * std::max(m.source_bytes, m.result_bytes);
-      if (p.channels % tile.vector != 0 || alignment % widest != 0) continue;
-      ForStripRows(m.rows, [&](int rows) {
-        tile.rows = rows;
-        const double cycles = EstimateMarch(p, m, tile, device);
-        if (cycles < best.cycles) {
-          best.kernel = PassPlan::Kernel::kMarch;
-          best.march = tile;
-          best.cycles = cycles;
-        }
-      });
+void ConsiderMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, PassPlan& best) {
+  if (!MarchApplies(p, forward)) return;
+  const Sizes m(p, forward);
+  // The estimate ranks the tiles of these kernels. To compare it with others: 16-bit types reach this rate at most.
+  constexpr double kBytesPerCycle = 9.8;  // of one multiprocessor
+  const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
+  const double least = bytes / (kBytesPerCycle * device.multiprocessors);
+  PassPlan found;
+  found.cycles = std::numeric_limits<double>::infinity();
+  for (const MarchInstance& instance : kMarchInstances) {
+    MarchTile tile = instance.tile;
+    const int64_t widest = tile.vector * std::max(m.source_bytes, m.result_bytes);
+    if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
+        alignment % widest != 0 || (!p.channels_last && tile.vector > 1) ||
+        (m.source_bytes != m.result_bytes && (p.kernel_h != p.kernel_w || tile.vector * tile.columns < 4))) {
+      continue;
     }
-  };
-  p.kernel_h == 3 ? consider(kMarchTiles3) : p.kernel_h == 5 ? consider(kMarchTiles5) : consider(kMarchTiles7);
+    ForStripRows(m.rows, [&](int rows) {
+      tile.rows = rows;
+      const double cycles = EstimateMarch(p, m, tile, device);
+      if (cycles >= found.cycles) return;
+      found.kernel = PassPlan::Kernel::kMarch;
+      found.march = tile;
+      found.cycles = cycles;
+    });
+  }
+  found.cycles = std::max(found.cycles, least);
+  if (found.cycles < best.cycles) best = found;
 }
 
-void ConsiderToeplitz(const Problem& p, const Sizes& m, bool forward, const Device& device, PassPlan& best) {
+void ConsiderToeplitz(const Problem& p, bool forward, const Device& device, int64_t alignment, PassPlan& best) {
+  if (!ToeplitzApplies(p, forward, device, alignment)) return;
+  const Sizes m(p, forward);
   const int64_t wide_most = CeilDiv(m.doubles ? 2 * m.columns : m.columns, ToeplitzTile::kColumns);
   const int size = ToeplitzKernelSize(p, forward);
   for (const ToeplitzTile& block : kToeplitzBlocks) {
@@ -224,36 +259,156 @@ void ConsiderToeplitz(const Problem& p, const Sizes& m, bool forward, const Devi
 
 }  // namespace
 
+int64_t ChannelLanes(const Problem& p, int64_t vector) {
+  if (!p.channels_last) return 1;
+  const int64_t vectors = p.channels / vector;
+  int64_t lanes = std::min<int64_t>(vectors, 32);
+  while (vectors % lanes != 0) --lanes;
+  return lanes;
+}
+
+bool CanTurn(const Problem& p) {
+  return p.channels_last && p.in_h == 1 && p.out_h == 1 && p.kernel_h == 1 && p.pad_top == 0 && p.stride_w == 1;
+}
+
+Problem Turned(Problem p) {
+  std::swap(p.in_h, p.in_w);
+  std::swap(p.out_h, p.out_w);
+  std::swap(p.kernel_h, p.kernel_w);
+  p.stride_h = p.stride_w;  // the other axis has only one position
+  p.dilation_h = std::exchange(p.dilation_w, 1);
+  std::swap(p.pad_top, p.pad_left);
+  std::swap(p.x.h, p.x.w);
+  std::swap(p.y.h, p.y.w);
+  std::swap(p.filter.h, p.filter.w);
+  return p;
+}
+
 PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment) {
-  const Sizes m(p, forward);
   PassPlan best;
   best.cycles = std::numeric_limits<double>::infinity();
-  if (MarchApplies(p, forward)) {
-    ConsiderMarch(p, m, device, alignment, best);
-    // The estimate ranks the tiles of these kernels. To compare it with others: 16-bit types reach this rate at most.
-    constexpr double kBytesPerCycle = 9.8;  // of one multiprocessor
-    const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
-    best.cycles = std::max(best.cycles, bytes / (kBytesPerCycle * device.multiprocessors));
+  ConsiderMarch(p, forward, device, alignment, best);
+  ConsiderToeplitz(p, forward, device, alignment, best);
+  if (CanTurn(p)) {
+    PassPlan turned;
+    turned.cycles = best.cycles;
+    ConsiderMarch(Turned(p), forward, device, alignment, turned);
+    if (turned.cycles < best.cycles) {
+      best = turned;
+      best.turned = true;
+    }
   }
-  if (ToeplitzApplies(p, forward, device, alignment)) ConsiderToeplitz(p, m, forward, device, best);
   return best;
 }
 
-GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t max_splits) {
+namespace {
+
+GradFilterPieces CutIntoPieces(const Problem& p, const Device& device, int64_t max_splits) {
   constexpr int64_t kBlocksPerMultiprocessor = 8;  // 2048 threads
   constexpr int64_t kTermsPerSum = 64;
-  GradFilterPlan plan{};
-  plan.piece_width = p.channels_last ? kTermsPerSum : kTermsPerSum * GradFilterPlan::kLanes;
+  GradFilterPieces plan{};
+  plan.piece_width = p.channels_last ? kTermsPerSum : kTermsPerSum * GradFilterPieces::kLanes;
   plan.pieces_per_row = CeilDiv(p.out_w, plan.piece_width);
   plan.pieces = p.images_per_group() * p.out_h * plan.pieces_per_row;
-  plan.tap_tiles = CeilDiv(p.kernel_w, GradFilterPlan::kTapsPerThread);
-  plan.channel_tiles = p.channels_last ? CeilDiv(p.out_channels(), GradFilterPlan::kLanes) : p.out_channels();
+  plan.tap_tiles = CeilDiv(p.kernel_w, GradFilterPieces::kTapsPerThread);
+  plan.channel_tiles = p.channels_last ? CeilDiv(p.out_channels(), GradFilterPieces::kLanes) : p.out_channels();
   const int64_t blocks_per_split = p.groups * p.kernel_h * plan.tap_tiles * plan.channel_tiles;
   const int64_t wanted =
       CeilDiv(device.multiprocessors * kBlocksPerMultiprocessor, std::max<int64_t>(1, blocks_per_split));
-  const int64_t useful = CeilDiv(plan.pieces, GradFilterPlan::kWarps);
+  const int64_t useful = CeilDiv(plan.pieces, GradFilterPieces::kWarps);
   plan.splits = std::max<int64_t>(1, std::min({wanted, useful, max_splits}));
   plan.blocks = plan.splits * blocks_per_split;
+  return plan;
+}
+
+bool TapSumsApply(const Problem& p) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool sizes_fit = p.x_elements() <= kMost * 2 && p.y_elements() <= kMost * 2 &&
+                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
+  const bool empty = p.x_elements() == 0 || p.y_elements() == 0;
+  return p.multiplier == 1 && UsualWindow(p) && sizes_fit && p.x_dtype == p.y_dtype && !empty;
+}
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const TapSumsTile& tile,
+                       const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
+  const double kh = p.kernel_h, kw = p.kernel_w, s = p.stride_h, v = tile.vector, t = tile.columns;
+  const double bytes_each = BytesOf(p.x_dtype);
+  const double vectors = p.channels / tile.vector, lanes = ChannelLanes(p, tile.vector), walkers = 128 / int(lanes);
+  const double units = double(p.images_per_group()) * CeilDiv(p.out_h, tile.rows) * CeilDiv(p.out_w, tile.columns);
+  const double per_walker = std::ceil(units / (tile.splits * walkers));
+  const double x_rows = (tile.rows - 1) * s + kh, rows = std::floor((kh - 1) / s) + 1;
+  const double columns = (t - 1) * s + kw;
+
+  const double registers = 60 + kh * kw * v + rows * t * v + columns * v +
+                           (instance.ahead * columns + instance.ahead / s * t) * std::max(1.0, v * bytes_each / 4);
+  const double resident =
+      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  const double blocks = vectors / lanes * p.groups * tile.splits;
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 3) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+
+  const double loads = columns + t / s;
+  const double instructions = 2.39 * kh * kw / s * t * v + (bytes_each == 2 ? 0.59 * loads * v : 0) + 16;
+  const double issue = 1.12 * per_walker * (100 + x_rows * instructions) * active;
+  const double latency = per_walker * (332 + x_rows * (365 / instance.ahead + 1.75 * instructions));
+  const double compute = waves * (std::max(issue, latency) + 4.5 * kh * kw * v * walkers);
+  const double halo = x_rows / (tile.rows * s);
+  const double memory =
+      bytes_each * (p.x_elements() * (1 + 0.155 * (halo - 1)) + p.y_elements()) / (12.45 * device.multiprocessors);
+  const double parts = 0.2 * tile.splits / 8 + 0.18 * tile.splits * p.filter_elements() * 4.0 / device.multiprocessors;
+  return 8561 + std::max(compute, memory) + 0.37 * std::min(compute, memory) + parts;
+}
+
+// The best tile, if there is any.
+std::optional<TapSumsTile> PlanTapSums(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits) {
+  if (!TapSumsApply(p)) return std::nullopt;
+  std::optional<TapSumsTile> best;
+  double least = 0;
+  for (const TapSumsInstance& instance : kTapSumsInstances) {
+    TapSumsTile tile = instance.tile;
+    if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
+        alignment % (tile.vector * BytesOf(p.x_dtype)) != 0 || (!p.channels_last && tile.vector > 1)) {
+      continue;
+    }
+    const int64_t lanes = ChannelLanes(p, tile.vector), walkers = 128 / lanes;
+    const int64_t blocks_per_split = p.channels / tile.vector / lanes * p.groups;
+    ForStripRows(p.out_h, [&](int rows) {
+      tile.rows = rows;
+      const int64_t units = p.images_per_group() * CeilDiv(p.out_h, rows) * CeilDiv(p.out_w, tile.columns);
+      for (int64_t blocks : {1, 2, 3, 4, 6, 8, 12, 16}) {  // for every multiprocessor
+        const int64_t splits = std::min({std::max<int64_t>(1, blocks * device.multiprocessors / blocks_per_split),
+                                         CeilDiv(units, walkers), max_splits});
+        tile.splits = static_cast<int>(splits);
+        const double cycles = EstimateTapSums(p, instance, tile, device);
+        if (best && cycles >= least) continue;
+        best = tile;
+        least = cycles;
+      }
+    });
+  }
+  return best;
+}
+
+}  // namespace
+
+GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits) {
+  GradFilterPlan plan;
+  auto tile = PlanTapSums(p, device, alignment, max_splits);
+  if (!tile && CanTurn(p)) {
+    tile = PlanTapSums(Turned(p), device, alignment, max_splits);
+    plan.turned = tile.has_value();
+  }
+  if (tile) {
+    plan.kernel = GradFilterPlan::Kernel::kTapSums;
+    plan.tap_sums = *tile;
+    plan.splits = tile->splits;
+  } else {
+    plan.pieces = CutIntoPieces(p, device, max_splits);
+    plan.splits = plan.pieces.splits;
+  }
   return plan;
 }
 

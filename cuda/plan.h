@@ -34,28 +34,57 @@ struct ToeplitzTile {
 // The (kernel_size, channels) that are compiled.
 #define DWSCONV_TOEPLITZ_BLOCKS(M) M(3, 16) M(3, 32) M(5, 16) M(7, 16)
 
-// The (vector, columns, ahead) that are compiled, by kernel size. Larger tiles reuse more, smaller ones make more
-// threads.
-#define DWSCONV_MARCH_TILES_3(M) M(1, 4, 4) M(1, 7, 2) M(2, 4, 2) M(2, 4, 4) M(2, 7, 2) M(4, 2, 2) M(4, 4, 2)
-#define DWSCONV_MARCH_TILES_5(M) M(1, 4, 2) M(1, 4, 4) M(1, 7, 2) M(2, 2, 2) M(2, 4, 2) M(2, 7, 2)
-#define DWSCONV_MARCH_TILES_7(M) M(1, 4, 2) M(1, 7, 2) M(2, 2, 2) M(2, 4, 2)
+// The (kernel_h, kernel_w, vector, columns, ahead) that are compiled. Larger tiles reuse more, smaller ones make more
+// threads. NCHW has vectors of one. Kernels of one row or column are for one spatial dimension, with stride 1.
+#define DWSCONV_MARCH_TILES(M)                                                                                      \
+  M(3, 3, 1, 4, 4)                                                                                                  \
+  M(3, 3, 1, 7, 2) M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2)             \
+      M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4) M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2)         \
+          M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2)     \
+              M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) \
+                  M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) M(5, 1, 1, 1, 4)              \
+                      M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1)          \
+                          M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
   enum class Kernel { kGather, kMarch, kToeplitz };  // gather.cuh takes everything and has no estimate
   Kernel kernel = Kernel::kGather;
+  bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
   ToeplitzTile toeplitz{};
   double cycles = 0;
 };
 
+// How many neighbouring threads have neighbouring vectors of channels. NHWC: the most up to a warp that divide the
+// vectors evenly, so that none is idle. NCHW: one, neighbouring threads have neighbouring columns.
+int64_t ChannelLanes(const Problem& p, int64_t vector);
+
+// Whether the problem has one spatial dimension, the width, in NHWC; and the same problem with that as its height,
+// which is what a march goes along.
+bool CanTurn(const Problem& p);
+Problem Turned(Problem p);
+
 // For forward, else grad_input. `alignment` is what the addresses of source and result are multiples of, in bytes.
 PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment);
 
-// grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread neighbouring taps of one
-// filter row over a part of the pieces, each piece apart so that no sum gets long; a second kernel adds the parts in
-// order.
-struct GradFilterPlan {
+// The specialised kernel of grad_filter (tap_sums.cuh): a thread has `vector` channels and `columns` columns of g in
+// strips of `rows` rows; the sums come out in `splits` parts.
+struct TapSumsTile {
+  int vector, columns, rows, splits;
+};
+
+// The (kernel_h, kernel_w, vector, columns, rows ahead) that are compiled, like those of the march.
+#define DWSCONV_TAP_SUMS_TILES(M)                                                                               \
+  M(3, 3, 1, 4, 4)                                                                                              \
+  M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 1, 1, 4) M(5, 5, 1, 4, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2)         \
+      M(5, 5, 1, 1, 4) M(7, 7, 1, 4, 2) M(7, 7, 2, 2, 2) M(7, 7, 1, 1, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4)     \
+          M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) \
+              M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+
+// The general kernel of grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread
+// neighbouring taps of one filter row over a part of the pieces, each piece apart so that no sum gets long.
+struct GradFilterPieces {
   static constexpr int kTapsPerThread = 4;
   static constexpr int kWarps = 8;
   static constexpr int kLanes = 32;
@@ -69,8 +98,18 @@ struct GradFilterPlan {
   int64_t blocks;
 };
 
-// max_splits: for how many parts the workspace has room.
-GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t max_splits);
+// Either kernel writes its sums in `splits` parts, which a second kernel adds in order.
+struct GradFilterPlan {
+  enum class Kernel { kPieces, kTapSums };
+  Kernel kernel = Kernel::kPieces;
+  bool turned = false;
+  int64_t splits = 1;
+  GradFilterPieces pieces{};
+  TapSumsTile tap_sums{};
+};
+
+// max_splits: for how many parts the workspace has room. `alignment`: of the addresses of x and g.
+GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits);
 
 }  // namespace dwsconv
 

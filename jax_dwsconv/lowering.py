@@ -108,10 +108,10 @@ def workspace_shape(filter_shape) -> tuple:
     """Partial sums of grad_filter on a GPU: (splits, elements of the filter), float32.
 
     The number of splits must be the same on every device. It bounds what the planner may use: as many as keep the
-    workspace at 16 MiB, from 8 to 256.
+    workspace at 16 MiB, from 8 to 1024.
     """
     elements = math.prod(filter_shape)
-    splits = max(8, min(256, 2**22 // max(1, elements))) if isinstance(elements, int) else 32
+    splits = max(8, min(1024, 2**22 // max(1, elements))) if isinstance(elements, int) else 32
     return (splits, elements)
 
 

@@ -278,7 +278,7 @@ def sample(choose: Callable[[Sequence[Any]], Any]) -> Case:
     )
 
 
-def usual(count: int = 72, seed: int = 3) -> list[Case]:
+def usual(count: int = 96, seed: int = 3) -> list[Case]:
     """What networks are made of, in every dtype: random cases that the specialised kernels take."""
     choose = random.Random(seed).choice
     found: dict[Case, None] = {}
@@ -286,15 +286,18 @@ def usual(count: int = 72, seed: int = 3) -> list[Case]:
         k = choose((3, 3, 5, 5, 7, 7, 2, 4, 6))
         kernel_size = choose(((k, k), (k, k), (k, k), (k, choose((1, 2, 3, 5, 7))), (choose((1, 2, 3, 5)), k)))
         stride = choose((1, 1, 2))
+        size = choose((1, 5, 7, 8, 14, 19)), choose((3, 7, 8, 9, 14, 17, 28, 33, 57))
+        if choose((0, 0, 0, 0, 1)):  # one spatial dimension
+            kernel_size, size, stride = (1, choose((3, 4, 5))), (1, choose((5, 31, 70, 131))), choose((1, 1, 1, 2))
         case = Case(
             batch=choose((1, 2, 3, 9)),
-            size=(choose((1, 5, 7, 8, 14, 19)), choose((3, 7, 8, 9, 14, 17, 28, 33, 57))),
-            channels=choose((2, 4, 8, 16, 24, 32, 40, 48)),
+            size=size,
+            channels=choose((2, 3, 4, 8, 16, 24, 32, 40, 48)),
             kernel_size=kernel_size,
-            strides=(stride, stride),
-            padding=tuple((choose((0, n // 2, n // 2, n - 1, n)), choose((0, n // 2, n // 2, n))) for n in kernel_size),
+            strides=(stride if size[0] > 1 else 1, stride),
+            padding=tuple((choose((0, n // 2, n // 2, n - 1)), choose((0, n // 2, n // 2))) for n in kernel_size),
             dilation=(1, choose((1, 1, 1, 2))),
-            layout=choose(("NHWC", "NHWC", "NCHW")),
+            layout=choose(LAYOUTS),
             filter_layout=choose(("HWO", "HWO", "OHW")),
             dtypes=(choose(("float32", "bfloat16", "bfloat16", "float16")),) * 3,
         )

@@ -1,0 +1,35 @@
+// What the specialised NHWC kernels of grad_filter (tap_sums.cuh) take, and their launcher.
+#ifndef JAX_DWSCONV_CUDA_TAP_SUMS_H_
+#define JAX_DWSCONV_CUDA_TAP_SUMS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/divisor.h"
+#include "cuda/march.h"
+#include "cuda/plan.h"
+#include "cuda/problem.h"
+
+namespace dwsconv::cuda {
+
+// A block has `lanes` vectors of channels and as many walkers as fit; the walkers of all the splits share the units,
+// which are pieces of a strip of rows of g: `tile.columns` wide.
+struct TapSums {
+  Divisor lanes, lane_groups, groups;
+  int walkers;
+  uint32_t splits;
+  Divisor tiles, strips;  // of an image
+  uint32_t units;         // of a group
+  int strip_rows;
+  Grid x, g;
+  int pad_top, pad_left;
+  int64_t images_per_group;
+};
+
+// The first of the two kernels of grad_filter: writes tile.splits parts into the workspace. Returns false where there
+// is no instance.
+bool LaunchTapSums(const Problem& p, const TapSumsTile& tile, const void* x, const void* g, float* workspace,
+                   cudaStream_t stream);
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_TAP_SUMS_H_
