@@ -14,8 +14,10 @@ static ffi::Error ForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Diction
   if (y->element_count() == 0) return ffi::Error::Success();
   const auto device = DescribeDevice(ordinal);
   if (!device) return device.error();
-  const bool has_instance =
-      LaunchForward(*problem, *device, x.untyped_data(), filter.untyped_data(), y->untyped_data(), stream);
+  const void* const source = x.untyped_data();
+  void* const result = y->untyped_data();
+  const PassPlan plan = PlanPass(*problem, /*forward=*/true, *device, Alignment(source, result), ForcedTile(attrs));
+  const bool has_instance = LaunchForward(*problem, plan, source, filter.untyped_data(), result, stream);
   return FinishLaunch("forward", has_instance, stream);
 }
 

@@ -24,7 +24,7 @@ static ffi::Error GradFilterImpl(cudaStream_t stream, int32_t ordinal, ffi::Dict
   const auto device = DescribeDevice(ordinal);
   if (!device) return device.error();
   const GradFilterPlan plan =
-      PlanGradFilter(*problem, *device, Alignment(x.untyped_data(), g.untyped_data()), max_splits);
+      PlanGradFilter(*problem, *device, Alignment(x.untyped_data(), g.untyped_data()), max_splits, ForcedTile(attrs));
   const bool has_instance = LaunchGradFilter(*problem, plan, x.untyped_data(), g.untyped_data(), filter->untyped_data(),
                                              workspace->typed_data(), stream);
   return FinishLaunch("grad_filter", has_instance, stream);

@@ -14,8 +14,10 @@ static ffi::Error GradInputImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   if (x->element_count() == 0) return ffi::Error::Success();
   const auto device = DescribeDevice(ordinal);
   if (!device) return device.error();
-  const bool has_instance =
-      LaunchGradInput(*problem, *device, g.untyped_data(), filter.untyped_data(), x->untyped_data(), stream);
+  const void* const source = g.untyped_data();
+  void* const result = x->untyped_data();
+  const PassPlan plan = PlanPass(*problem, /*forward=*/false, *device, Alignment(source, result), ForcedTile(attrs));
+  const bool has_instance = LaunchGradInput(*problem, plan, source, filter.untyped_data(), result, stream);
   return FinishLaunch("grad_input", has_instance, stream);
 }
 

@@ -11,7 +11,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Dims = ffi::Span<const int64_t>;
 
-constexpr std::size_t kAttributeCount = 6;
+constexpr std::size_t kAttributeCount = 6;  // and perhaps a tile
 constexpr int64_t kMaxWindow = std::numeric_limits<int32_t>::max();
 
 std::string Show(Dims dims) {
@@ -59,6 +59,11 @@ Strides ActivationStrides(const Dims& dims, bool channels_last) {
 
 }  // namespace
 
+std::string_view ForcedTile(const ffi::Dictionary& attrs) {
+  const auto tile = attrs.get<std::string_view>("tile");
+  return tile ? *tile : std::string_view();
+}
+
 ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& attrs, const ffi::AnyBuffer& x,
                                     const ffi::AnyBuffer& filter, const ffi::AnyBuffer& y) {
   const auto strides = attrs.get<Dims>("strides");
@@ -66,7 +71,8 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   const auto dilation = attrs.get<Dims>("dilation");
   const auto layout = attrs.get<std::string_view>("layout");
   const auto filter_layout = attrs.get<std::string_view>("filter_layout");
-  if (!strides || !padding || !dilation || !layout || !filter_layout || attrs.size() != kAttributeCount) {
+  if (!strides || !padding || !dilation || !layout || !filter_layout ||
+      attrs.size() != kAttributeCount + (ForcedTile(attrs).empty() ? 0 : 1)) {
     return Invalid(op, "the attributes must be strides, padding, dilation, layout, filter_layout and since; " +
                            NewerVersion(attrs));
   }

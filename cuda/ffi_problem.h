@@ -14,10 +14,15 @@ namespace dwsconv {
 //   strides int64[2], padding int64[4] (top, bottom, left, right), dilation int64[2],
 //   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW",
 //   since: the version of the package that introduced this list of attributes and operands.
+// One may be there besides: see ForcedTile.
 // `op` names the operator in error messages. Every size that a kernel reads is checked here.
 xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs,
                                          const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter,
                                          const xla::ffi::AnyBuffer& y);
+
+// The attribute `tile`, for experiments: the text of the plan to be used where it is possible (cuda/plan.h). Empty
+// where there is none; the CPU handlers ignore it.
+std::string_view ForcedTile(const xla::ffi::Dictionary& attrs);
 
 // The handler of versions of an operator that this package does not have yet: fails and names the version that has
 // them.

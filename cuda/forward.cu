@@ -1,19 +1,22 @@
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
+#include "cuda/march_planes.h"
 #include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
 
-bool LaunchForward(const Problem& p, const Device& device, const void* x, const void* filter, void* y,
+bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const void* filter, void* y,
                    cudaStream_t stream) {
-  const PassPlan plan = PlanPass(p, /*forward=*/true, device, Alignment(x, y));
   switch (plan.kernel) {
     case PassPlan::Kernel::kToeplitz:
       if (LaunchToeplitz(p, /*forward=*/true, plan.toeplitz, x, filter, y, stream)) return true;
       break;
     case PassPlan::Kernel::kMarch:
       if (LaunchMarch(plan.turned ? Turned(p) : p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
+      break;
+    case PassPlan::Kernel::kMarchPlanes:
+      if (LaunchMarchPlanes(p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

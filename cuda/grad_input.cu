@@ -1,19 +1,22 @@
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
+#include "cuda/march_planes.h"
 #include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
 
-bool LaunchGradInput(const Problem& p, const Device& device, const void* g, const void* filter, void* x,
+bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, const void* filter, void* x,
                      cudaStream_t stream) {
-  const PassPlan plan = PlanPass(p, /*forward=*/false, device, Alignment(g, x));
   switch (plan.kernel) {
     case PassPlan::Kernel::kToeplitz:
       if (LaunchToeplitz(p, /*forward=*/false, plan.toeplitz, g, filter, x, stream)) return true;
       break;
     case PassPlan::Kernel::kMarch:
       if (LaunchMarch(plan.turned ? Turned(p) : p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
+      break;
+    case PassPlan::Kernel::kMarchPlanes:
+      if (LaunchMarchPlanes(p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

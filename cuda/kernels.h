@@ -11,9 +11,9 @@ namespace dwsconv::cuda {
 
 // Each enqueues its work on the stream and returns false where it has no instance for the dtypes. Buffers must not be
 // empty. Launch errors are left for cudaGetLastError.
-bool LaunchForward(const Problem& p, const Device& device, const void* x, const void* filter, void* y,
+bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const void* filter, void* y,
                    cudaStream_t stream);
-bool LaunchGradInput(const Problem& p, const Device& device, const void* g, const void* filter, void* x,
+bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, const void* filter, void* x,
                      cudaStream_t stream);
 
 // The largest power of two, up to 16, of which both addresses are multiples.

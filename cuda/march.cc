@@ -10,7 +10,9 @@ namespace {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-March Describe(const Problem& p, const MarchTile& tile, bool forward) {
+}  // namespace
+
+March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward) {
   const bool stride_2_gradient = !forward && p.stride_h == 2;
   March m{};
   m.strip_rows = tile.rows;
@@ -38,11 +40,9 @@ March Describe(const Problem& p, const MarchTile& tile, bool forward) {
   return m;
 }
 
-}  // namespace
-
 bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
                  void* result, cudaStream_t stream) {
-  const MarchCall call{Describe(p, tile, forward),
+  const MarchCall call{DescribeMarch(p, tile, forward),
                        tile,
                        static_cast<int>(p.kernel_h),
                        static_cast<int>(p.kernel_w),

@@ -41,6 +41,9 @@ struct MarchCall {
   cudaStream_t stream;
 };
 
+// What the tile makes of the problem: forward, else grad_input.
+March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward);
+
 Grid InputGrid(const Problem& p);   // of x
 Grid OutputGrid(const Problem& p);  // of y
 

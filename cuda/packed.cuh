@@ -8,7 +8,7 @@
 namespace dwsconv::cuda {
 
 template <int kWords>
-struct alignas(4 * kWords) Words {
+struct alignas(kWords < 4 ? 4 * kWords : 16) Words {
   uint32_t at[kWords];
 };
 

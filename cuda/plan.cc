@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <optional>
+#include <string>
 #include <utility>
 
 namespace dwsconv {
@@ -20,6 +20,12 @@ struct MarchInstance {
 constexpr MarchInstance kMarchInstances[] = {
 #define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) {kernel_h, kernel_w, {vector, columns, ahead, 0}},
     DWSCONV_MARCH_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
+
+constexpr MarchInstance kMarchPlanesInstances[] = {
+#define DWSCONV_TILE(kernel_size, columns, ahead) {kernel_size, kernel_size, {1, columns, ahead, 0}},
+    DWSCONV_MARCH_PLANES_TILES(DWSCONV_TILE)
 #undef DWSCONV_TILE
 };
 
@@ -92,15 +98,21 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
   const bool converts = m.source_bytes == 2;
   const double per_row = products * v + loads * (6 + (converts ? 0.75 * v : 0)) + results * (4 + 0.7 * v) + 57;
   const double instructions = 760 + 2.4 * kh * kw * v + source_rows * per_row;
-  const double issue = 1.36 * instructions * active;
   const double latency = 590 + source_rows * 970 / tile.ahead + 1.8 * instructions;
-  const double compute = waves * std::max(issue, latency);
-
-  constexpr double kBytesPerCycle = 19.5;  // of one multiprocessor
   const double halo = source_rows / (double(tile.rows) * (m.doubles ? 1 : m.stride));
-  const double bytes =
-      m.source_elements * m.source_bytes * (1 + 0.78 * (halo - 1)) + m.result_elements * double(m.result_bytes);
-  const double memory = bytes / (kBytesPerCycle * device.multiprocessors);
+  const double source_bytes = double(m.source_elements) * m.source_bytes;
+  const double result_bytes = double(m.result_elements) * m.result_bytes;
+  double compute, memory;
+  if (p.channels_last) {
+    compute = waves * std::max(1.36 * instructions * active, latency);
+    memory = (source_bytes * (1 + 0.78 * (halo - 1)) + result_bytes) / (19.5 * device.multiprocessors);
+  } else {  // neighbouring threads are a tile apart: that many transactions for every load and store
+    const double load_words = std::max(1.0, t * (m.doubles ? 1 : m.stride) * m.source_bytes / 4.0);
+    const double store_words = std::max(1.0, t * (m.doubles ? 2 : 1) * m.result_bytes / 4.0);
+    const double transactions = 4 * source_rows * (1.74 * loads * load_words + 12 * results * store_words);
+    compute = waves * std::max({0.66 * instructions * active, latency, transactions * active});
+    memory = (source_bytes * (1 + 97 * (halo - 1)) + result_bytes) / (175.0 * device.multiprocessors);
+  }
   return std::max(compute, memory) + 0.12 * std::min(compute, memory);
 }
 
@@ -108,6 +120,12 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
 bool UsualWindow(const Problem& p) {
   const int64_t most = p.kernel_h == p.kernel_w ? 2 : 1;
   return p.stride_h == p.stride_w && p.stride_h <= most && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+// NHWC has vectors of channels and reuses columns; in NCHW neighbouring threads have neighbouring columns, the narrower
+// the tile, the fewer memory transactions.
+bool SuitsLayout(const Problem& p, int vector, int columns) {
+  return p.channels_last ? vector * columns >= 4 || p.kernel_w == 1 : vector == 1;
 }
 
 bool MarchApplies(const Problem& p, bool forward) {
@@ -205,37 +223,81 @@ void ForStripRows(int64_t rows, const Visit& visit) {
   }
 }
 
-void ConsiderMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, PassPlan& best) {
+template <class Visit>
+void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!MarchApplies(p, forward)) return;
   const Sizes m(p, forward);
-  // The estimate ranks the tiles of these kernels. To compare it with others: 16-bit types reach this rate at most.
-  constexpr double kBytesPerCycle = 9.8;  // of one multiprocessor
+  // The estimate ranks the tiles of these kernels. To compare it with others: 16-bit types reach about this rate.
+  const double bytes_per_cycle = m.doubles ? 6.5 : 8.5;  // of one multiprocessor
   const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
-  const double least = bytes / (kBytesPerCycle * device.multiprocessors);
-  PassPlan found;
-  found.cycles = std::numeric_limits<double>::infinity();
+  const double least = m.source_bytes == 2 ? bytes / (bytes_per_cycle * device.multiprocessors) : 0;
   for (const MarchInstance& instance : kMarchInstances) {
     MarchTile tile = instance.tile;
     const int64_t widest = tile.vector * std::max(m.source_bytes, m.result_bytes);
     if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
-        alignment % widest != 0 || (!p.channels_last && tile.vector > 1) ||
+        alignment % widest != 0 || !SuitsLayout(p, tile.vector, tile.columns) ||
         (m.source_bytes != m.result_bytes && (p.kernel_h != p.kernel_w || tile.vector * tile.columns < 4))) {
       continue;
     }
     ForStripRows(m.rows, [&](int rows) {
       tile.rows = rows;
+      // A hair more for what the rate hides, so that tiles stay in order.
       const double cycles = EstimateMarch(p, m, tile, device);
-      if (cycles >= found.cycles) return;
-      found.kernel = PassPlan::Kernel::kMarch;
-      found.march = tile;
-      found.cycles = cycles;
+      visit(PassPlan{PassPlan::Kernel::kMarch, false, tile, {}, std::max(cycles, least + 1e-3 * cycles)});
     });
   }
-  found.cycles = std::max(found.cycles, least);
-  if (found.cycles < best.cycles) best = found;
 }
 
-void ConsiderToeplitz(const Problem& p, bool forward, const Device& device, int64_t alignment, PassPlan& best) {
+// NCHW, stride 1, as many columns in the result as in the source, the same padding on both sides.
+bool MarchPlanesApply(const Problem& p, bool forward) {
+  const bool same = p.kernel_h == p.kernel_w && p.in_w == p.out_w && p.pad_left == (p.kernel_w - 1) / 2;
+  const bool one_type = p.x_dtype == p.y_dtype;
+  return !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && same && one_type && MarchApplies(p, forward);
+}
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
+  const double k = m.kernel_h, t = tile.columns;
+  const double tiles = p.in_w / tile.columns, rows_per_warp = std::floor(32 / tiles);
+  const double units = double(p.batch) * p.channels * CeilDiv(m.rows, tile.rows);
+  const double blocks = std::ceil(units / rows_per_warp / 4);
+  const double registers = 57 + k * k + k * t + 2 * (t + k) + tile.ahead * t * m.source_bytes / 4.0;
+  const double resident =
+      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double source_rows = tile.rows + k - 1;
+  const double instructions = 602 + 2.4 * k * k + source_rows * (1.085 * k * k * t + 4.3 * (k - 1) + 2.6 * t + 44);
+  const double latency = 590 + source_rows * 1190 / tile.ahead + 0.74 * instructions;
+  const double compute = waves * std::max(0.9 * instructions * active, latency);
+  const double traffic = m.source_elements * (1 + 0.58 * (k - 1) / tile.rows) + m.result_elements;
+  const double tall = 1 + 0.104 * std::max(0.0, (tile.rows - 14) / 14.0);  // fewer rows of a page are open at once
+  const double memory = traffic * m.source_bytes * tall / (13.8 * device.multiprocessors);
+  return std::max(compute, memory) + 0.15 * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitMarchPlanes(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!MarchPlanesApply(p, forward)) return;
+  const Sizes m(p, forward);
+  for (const MarchInstance& instance : kMarchPlanesInstances) {
+    MarchTile tile = instance.tile;
+    if (instance.kernel_h != p.kernel_h || p.in_w % tile.columns != 0 || p.in_w / tile.columns > 32 ||
+        alignment % std::min<int64_t>(16, tile.columns * m.source_bytes) != 0) {
+      continue;
+    }
+    ForStripRows(m.rows, [&](int rows) {
+      tile.rows = rows;
+      const double cycles = EstimateMarchPlanes(p, m, tile, device);
+      visit(PassPlan{PassPlan::Kernel::kMarchPlanes, false, tile, {}, cycles});
+    });
+  }
+}
+
+template <class Visit>
+void VisitToeplitz(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!ToeplitzApplies(p, forward, device, alignment)) return;
   const Sizes m(p, forward);
   const int64_t wide_most = CeilDiv(m.doubles ? 2 * m.columns : m.columns, ToeplitzTile::kColumns);
@@ -247,13 +309,22 @@ void ConsiderToeplitz(const Problem& p, bool forward, const Device& device, int6
       ForStripRows(std::min<int64_t>(m.rows, 1 << 14), [&](int rows) {
         const ToeplitzTile tile{size, block.channels, wide, rows};
         const double cycles = EstimateToeplitz(p, m, tile, device);
-        if (cycles < best.cycles) {
-          best.kernel = PassPlan::Kernel::kToeplitz;
-          best.toeplitz = tile;
-          best.cycles = cycles;
-        }
+        if (std::isfinite(cycles)) visit(PassPlan{PassPlan::Kernel::kToeplitz, false, {}, tile, cycles});
       });
     }
+  }
+}
+
+template <class Visit>
+void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  VisitMarch(p, forward, device, alignment, visit);
+  VisitMarchPlanes(p, forward, device, alignment, visit);
+  VisitToeplitz(p, forward, device, alignment, visit);
+  if (CanTurn(p)) {
+    VisitMarch(Turned(p), forward, device, alignment, [&](PassPlan plan) {
+      plan.turned = true;
+      visit(plan);
+    });
   }
 }
 
@@ -284,21 +355,47 @@ Problem Turned(Problem p) {
   return p;
 }
 
-PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment) {
-  PassPlan best;
-  best.cycles = std::numeric_limits<double>::infinity();
-  ConsiderMarch(p, forward, device, alignment, best);
-  ConsiderToeplitz(p, forward, device, alignment, best);
-  if (CanTurn(p)) {
-    PassPlan turned;
-    turned.cycles = best.cycles;
-    ConsiderMarch(Turned(p), forward, device, alignment, turned);
-    if (turned.cycles < best.cycles) {
-      best = turned;
-      best.turned = true;
-    }
+std::string PassPlan::Text() const {
+  const auto join = [](std::initializer_list<int> numbers) {
+    std::string text;
+    for (int number : numbers) text += (text.empty() ? "" : "x") + std::to_string(number);
+    return text;
+  };
+  switch (kernel) {
+    case Kernel::kMarch: return "march:" + join({march.vector, march.columns, march.ahead, march.rows});
+    case Kernel::kMarchPlanes: return "march_planes:" + join({march.columns, march.ahead, march.rows});
+    case Kernel::kToeplitz: return "toeplitz:" + join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
+    case Kernel::kGather: break;
   }
-  return best;
+  return "gather";
+}
+
+std::string GradFilterPlan::Text() const {
+  if (kernel == Kernel::kPieces) return "pieces:" + std::to_string(splits);
+  const TapSumsTile& t = tap_sums;
+  return "tap_sums:" + std::to_string(t.vector) + "x" + std::to_string(t.columns) + "x" + std::to_string(t.rows) + "x" +
+         std::to_string(t.splits);
+}
+
+std::vector<PassPlan> PassCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment) {
+  std::vector<PassPlan> candidates;
+  VisitPasses(p, forward, device, alignment, [&](const PassPlan& plan) { candidates.push_back(plan); });
+  candidates.push_back({PassPlan::Kernel::kGather});
+  return candidates;
+}
+
+PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment, std::string_view forced) {
+  PassPlan best, wanted;
+  bool has_best = false, has_wanted = forced == best.Text();
+  VisitPasses(p, forward, device, alignment, [&](const PassPlan& plan) {
+    if (!has_best || plan.cycles < best.cycles) best = plan;
+    has_best = true;
+    if (!forced.empty() && plan.Text() == forced) {
+      wanted = plan;
+      has_wanted = true;
+    }
+  });
+  return has_wanted ? wanted : best;
 }
 
 namespace {
@@ -354,7 +451,7 @@ double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const 
   const double instructions = 2.39 * kh * kw / s * t * v + (bytes_each == 2 ? 0.59 * loads * v : 0) + 16;
   const double issue = 1.12 * per_walker * (100 + x_rows * instructions) * active;
   const double latency = per_walker * (332 + x_rows * (365 / instance.ahead + 1.75 * instructions));
-  const double compute = waves * (std::max(issue, latency) + 4.5 * kh * kw * v * walkers);
+  const double compute = waves * (std::max(issue, latency) + 18 * std::max(kh * kw, walkers) * v);
   const double halo = x_rows / (tile.rows * s);
   const double memory =
       bytes_each * (p.x_elements() * (1 + 0.155 * (halo - 1)) + p.y_elements()) / (12.45 * device.multiprocessors);
@@ -362,15 +459,13 @@ double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const 
   return 8561 + std::max(compute, memory) + 0.37 * std::min(compute, memory) + parts;
 }
 
-// The best tile, if there is any.
-std::optional<TapSumsTile> PlanTapSums(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits) {
-  if (!TapSumsApply(p)) return std::nullopt;
-  std::optional<TapSumsTile> best;
-  double least = 0;
+template <class Visit>
+void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits, const Visit& visit) {
+  if (!TapSumsApply(p)) return;
   for (const TapSumsInstance& instance : kTapSumsInstances) {
     TapSumsTile tile = instance.tile;
     if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
-        alignment % (tile.vector * BytesOf(p.x_dtype)) != 0 || (!p.channels_last && tile.vector > 1)) {
+        alignment % (tile.vector * BytesOf(p.x_dtype)) != 0 || !SuitsLayout(p, tile.vector, tile.columns)) {
       continue;
     }
     const int64_t lanes = ChannelLanes(p, tile.vector), walkers = 128 / lanes;
@@ -382,34 +477,59 @@ std::optional<TapSumsTile> PlanTapSums(const Problem& p, const Device& device, i
         const int64_t splits = std::min({std::max<int64_t>(1, blocks * device.multiprocessors / blocks_per_split),
                                          CeilDiv(units, walkers), max_splits});
         tile.splits = static_cast<int>(splits);
-        const double cycles = EstimateTapSums(p, instance, tile, device);
-        if (best && cycles >= least) continue;
-        best = tile;
-        least = cycles;
+        GradFilterPlan plan;
+        plan.kernel = GradFilterPlan::Kernel::kTapSums;
+        plan.splits = splits;
+        plan.tap_sums = tile;
+        plan.cycles = EstimateTapSums(p, instance, tile, device);
+        visit(plan);
       }
     });
   }
-  return best;
+}
+
+template <class Visit>
+void VisitGradFilters(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits,
+                      const Visit& visit) {
+  VisitTapSums(p, device, alignment, max_splits, visit);
+  if (CanTurn(p)) {
+    VisitTapSums(Turned(p), device, alignment, max_splits, [&](GradFilterPlan plan) {
+      plan.turned = true;
+      visit(plan);
+    });
+  }
+}
+
+GradFilterPlan General(const Problem& p, const Device& device, int64_t max_splits) {
+  GradFilterPlan plan;
+  plan.pieces = CutIntoPieces(p, device, max_splits);
+  plan.splits = plan.pieces.splits;
+  return plan;
 }
 
 }  // namespace
 
-GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits) {
-  GradFilterPlan plan;
-  auto tile = PlanTapSums(p, device, alignment, max_splits);
-  if (!tile && CanTurn(p)) {
-    tile = PlanTapSums(Turned(p), device, alignment, max_splits);
-    plan.turned = tile.has_value();
-  }
-  if (tile) {
-    plan.kernel = GradFilterPlan::Kernel::kTapSums;
-    plan.tap_sums = *tile;
-    plan.splits = tile->splits;
-  } else {
-    plan.pieces = CutIntoPieces(p, device, max_splits);
-    plan.splits = plan.pieces.splits;
-  }
-  return plan;
+std::vector<GradFilterPlan> GradFilterCandidates(const Problem& p, const Device& device, int64_t alignment,
+                                                 int64_t max_splits) {
+  std::vector<GradFilterPlan> candidates;
+  VisitGradFilters(p, device, alignment, max_splits, [&](const GradFilterPlan& plan) { candidates.push_back(plan); });
+  candidates.push_back(General(p, device, max_splits));
+  return candidates;
+}
+
+GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits,
+                              std::string_view forced) {
+  GradFilterPlan best = General(p, device, max_splits), wanted = best;
+  bool has_best = false, has_wanted = forced == best.Text();
+  VisitGradFilters(p, device, alignment, max_splits, [&](const GradFilterPlan& plan) {
+    if (!has_best || plan.cycles < best.cycles) best = plan;
+    has_best = true;
+    if (!forced.empty() && plan.Text() == forced) {
+      wanted = plan;
+      has_wanted = true;
+    }
+  });
+  return has_wanted ? wanted : best;
 }
 
 }  // namespace dwsconv

@@ -3,6 +3,9 @@
 #define JAX_DWSCONV_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "cuda/problem.h"
 
@@ -38,22 +41,29 @@ struct ToeplitzTile {
 // threads. NCHW has vectors of one. Kernels of one row or column are for one spatial dimension, with stride 1.
 #define DWSCONV_MARCH_TILES(M)                                                                                      \
   M(3, 3, 1, 4, 4)                                                                                                  \
-  M(3, 3, 1, 7, 2) M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2)             \
-      M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4) M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2)         \
-          M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2)     \
-              M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) \
-                  M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) M(5, 1, 1, 1, 4)              \
-                      M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1)          \
-                          M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+  M(3, 3, 1, 7, 2)                                                                                                  \
+  M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2) M(3, 3, 1, 1, 4)             \
+      M(3, 3, 1, 2, 4) M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2)         \
+          M(5, 5, 2, 7, 2) M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2) M(7, 7, 2, 2, 2)     \
+              M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(3, 1, 4, 1, 4) \
+                  M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4)              \
+                      M(5, 1, 4, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1)          \
+                          M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+
+// The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
+#define DWSCONV_MARCH_PLANES_TILES(M) \
+  M(3, 4, 4) M(3, 4, 2) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4) M(7, 4, 4)
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
-  enum class Kernel { kGather, kMarch, kToeplitz };  // gather.cuh takes everything and has no estimate
+  enum class Kernel { kGather, kMarch, kMarchPlanes, kToeplitz };  // gather.cuh takes everything and has no estimate
   Kernel kernel = Kernel::kGather;
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
   ToeplitzTile toeplitz{};
   double cycles = 0;
+
+  std::string Text() const;  // such as "march:2x4x2x28"
 };
 
 // How many neighbouring threads have neighbouring vectors of channels. NHWC: the most up to a warp that divide the
@@ -65,8 +75,12 @@ int64_t ChannelLanes(const Problem& p, int64_t vector);
 bool CanTurn(const Problem& p);
 Problem Turned(Problem p);
 
-// For forward, else grad_input. `alignment` is what the addresses of source and result are multiples of, in bytes.
-PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment);
+// Everything that could be launched for forward, else grad_input. `alignment` is what the addresses of source and
+// result are multiples of, in bytes.
+std::vector<PassPlan> PassCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
+
+// The candidate with the text `forced`; where there is none, the one with the least estimate.
+PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment, std::string_view forced);
 
 // The specialised kernel of grad_filter (tap_sums.cuh): a thread has `vector` channels and `columns` columns of g in
 // strips of `rows` rows; the sums come out in `splits` parts.
@@ -77,10 +91,11 @@ struct TapSumsTile {
 // The (kernel_h, kernel_w, vector, columns, rows ahead) that are compiled, like those of the march.
 #define DWSCONV_TAP_SUMS_TILES(M)                                                                               \
   M(3, 3, 1, 4, 4)                                                                                              \
-  M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 1, 1, 4) M(5, 5, 1, 4, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2)         \
-      M(5, 5, 1, 1, 4) M(7, 7, 1, 4, 2) M(7, 7, 2, 2, 2) M(7, 7, 1, 1, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4)     \
-          M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) \
-              M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+  M(3, 3, 2, 4, 4)                                                                                              \
+  M(3, 3, 2, 7, 2) M(3, 3, 1, 1, 4) M(5, 5, 1, 4, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 1, 1, 4)         \
+      M(7, 7, 1, 4, 2) M(7, 7, 2, 2, 2) M(7, 7, 1, 1, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(4, 1, 1, 1, 4)     \
+          M(4, 1, 2, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) \
+              M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 
 // The general kernel of grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread
 // neighbouring taps of one filter row over a part of the pieces, each piece apart so that no sum gets long.
@@ -106,10 +121,16 @@ struct GradFilterPlan {
   int64_t splits = 1;
   GradFilterPieces pieces{};
   TapSumsTile tap_sums{};
+  double cycles = 0;
+
+  std::string Text() const;
 };
 
-// max_splits: for how many parts the workspace has room. `alignment`: of the addresses of x and g.
-GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits);
+// The same for grad_filter. max_splits: for how many parts the workspace has room. `alignment`: of x and g.
+std::vector<GradFilterPlan> GradFilterCandidates(const Problem& p, const Device& device, int64_t alignment,
+                                                 int64_t max_splits);
+GradFilterPlan PlanGradFilter(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits,
+                              std::string_view forced);
 
 }  // namespace dwsconv
 

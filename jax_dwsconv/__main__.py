@@ -1,4 +1,4 @@
-"""Command line: `python -m jax_dwsconv info`."""
+"""Command line: `python -m jax_dwsconv info | plan | bench`."""
 
 import argparse
 import os
@@ -8,13 +8,13 @@ from types import ModuleType
 
 import jax
 
-from jax_dwsconv import _native, _versions
+from jax_dwsconv import _bench, _native, _planning, _versions
 
 _DTYPES = {
     "cpu": "float32, float64, bfloat16, float16",
     "cuda": "float32, bfloat16, float16 (float64 goes to jax.lax)",
 }
-_ENVIRONMENT = ("JAX_DWSCONV_DISABLE", "JAX_DWSCONV_FALLBACK")
+_ENVIRONMENT = ("JAX_DWSCONV_DISABLE", "JAX_DWSCONV_FALLBACK", "JAX_DWSCONV_TILE")
 
 
 def _module_line(name: str) -> str:
@@ -55,12 +55,94 @@ def info() -> None:
         print(f"{label:>16}  {value}")
 
 
+def _integers(count: int, *, repeat: bool = False):
+    """Parses "1,2,3"; one number stands for `count` equal ones if `repeat`."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        numbers = tuple(int(number) for number in text.split(","))
+        if repeat and len(numbers) == 1:
+            numbers *= count
+        if len(numbers) != count or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} positive integers with commas between them")
+        return numbers
+
+    parse.__name__ = "integers"  # argparse shows it
+    return parse
+
+
+def _layer(text: str) -> _bench.Layer:
+    return _bench.Layer(*_integers(4)(text))
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Prints what the planner chooses and the best candidates, with the estimated times."""
+    device = _planning.DEVICES[options.device]
+    try:
+        chosen, candidates = _planning.plan(
+            options.operator,
+            options.shape,
+            options.kernel,
+            options.strides,
+            options.padding,
+            options.dilation,
+            options.layout,
+            options.dtype,
+            device,
+        )
+    except ValueError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.operator} on {options.device} ({device.multiprocessors} multiprocessors): {chosen.text}")
+    print("march:vector x columns x rows ahead x strip rows; toeplitz:channels x marchers wide x strip rows;")
+    print("tap_sums:vector x columns x strip rows x splits; gather and pieces are the general kernels.")
+    estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
+    if not estimated:
+        print("No specialised kernel takes this problem.")
+    for candidate in estimated[: options.candidates]:
+        mark = "<- chosen" if candidate.text == chosen.text else ""
+        print(f"{candidate.cycles:>12.0f} cycles  {candidate.text:<22} {mark}".rstrip())
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jax_dwsconv", description="Depthwise convolution for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, native modules and supported dtypes")
-    parser.parse_args(arguments)
+
+    planner = commands.add_parser("plan", help="which CUDA kernel and tile a problem gets; needs no GPU")
+    planner.add_argument("--shape", type=_integers(4), required=True, metavar="N,H,W,C", help="of x, in either layout")
+    planner.add_argument("--kernel", type=_integers(2, repeat=True), default=(3, 3), metavar="H,W")
+    planner.add_argument("--strides", type=_integers(2, repeat=True), default=(1, 1), metavar="H,W")
+    planner.add_argument("--dilation", type=_integers(2, repeat=True), default=(1, 1), metavar="H,W")
+    planner.add_argument("--padding", default="SAME", choices=("SAME", "VALID"))
+    planner.add_argument("--operator", default="forward", choices=_bench.OPERATORS)
+    planner.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    planner.add_argument("--layout", default="NHWC", choices=("NHWC", "NCHW"))
+    planner.add_argument("--device", default="h100", choices=_planning.DEVICES)
+    planner.add_argument("--candidates", type=int, default=8, help="how many of the best to print")
+
+    bench = commands.add_parser("bench", help="times the operators beside jax.lax, shift-and-add and PyTorch")
+    bench.add_argument("--batch", type=int, nargs="+", default=[1])
+    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    bench.add_argument("--layout", nargs="+", default=["NHWC"], choices=("NHWC", "NCHW"))
+    bench.add_argument("--operators", nargs="+", default=_bench.OPERATORS, choices=_bench.OPERATORS)
+    bench.add_argument("--layers", nargs="+", type=_layer, default=_bench.LAYERS, metavar="SIZE,CHANNELS,KERNEL,STRIDE")
+    bench.add_argument("--peers", nargs="*", default=["lax"], choices=_bench.PEERS)
+    bench.add_argument("--sweep", action="store_true", help="also time the 40 most promising tiles (GPU)")
+    bench.add_argument("--seconds", type=float, default=0.3, help="time for each measurement on the CPU")
+    bench.add_argument("--output", help="path without suffix; .json, .csv and .png are written (and overwritten)")
+    bench.add_argument("--platform", choices=("cpu", "gpu"), help="instead of the default one")
+
+    options = parser.parse_args(arguments)
+    if options.command == "plan":
+        return plan(options)
+    if options.command == "bench":
+        if options.platform:
+            jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[options.platform])
+        if options.sweep and jax.default_backend() != "gpu":
+            parser.error("--sweep is for the tiles of the CUDA kernels: there is no GPU here")
+        return _bench.run(options)
     info()
     return 0
 

@@ -1,7 +1,8 @@
 """The environment variables, read when a function is traced and lowered: set them first, JAX keeps what it compiled.
 
 JAX_DWSCONV_DISABLE=1 routes everything to `jax.lax`. JAX_DWSCONV_FALLBACK says what happens where a depthwise
-convolution that has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error".
+convolution that has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error". JAX_DWSCONV_TILE forces a
+plan of the CUDA kernels, as `python -m jax_dwsconv plan` prints it, wherever it is possible: for experiments.
 """
 
 import os
@@ -19,6 +20,11 @@ class UnsupportedError(NotImplementedError):
 def disabled() -> bool:
     """Whether JAX_DWSCONV_DISABLE is set."""
     return os.environ.get("JAX_DWSCONV_DISABLE", "0") not in ("", "0")
+
+
+def forced_tile() -> str:
+    """JAX_DWSCONV_TILE."""
+    return os.environ.get("JAX_DWSCONV_TILE", "")
 
 
 def fall_back(reason: str) -> None:

@@ -71,7 +71,8 @@ def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, a, b, *, windo
             return y.astype(out_dtype)
 
         return mlir.lower_fun(convert, multiple_results=False)(ctx, a, b)
-    return _EMIT[platform, op](ctx, a, b, **_attributes(op, window))
+    forced = {"tile": tile} if platform == "cuda" and (tile := _config.forced_tile()) else {}
+    return _EMIT[platform, op](ctx, a, b, **_attributes(op, window), **forced)
 
 
 def _why_lax(platform: str, dtypes) -> str | None:

@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import numerics
 import numpy as np
 import pytest
+from cases import Case
 from jax import numpy as jnp
 
 import jax_dwsconv
-from jax_dwsconv import _native
+from jax_dwsconv import _native, _planning
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +72,54 @@ def test_sanitizer_selection(layout, dtype):
         dx, dkernel = jax.jit(jax.grad(convolve, (0, 1)))(x, kernel)
         assert np.isfinite(np.asarray(dx, np.float32)).all()
         assert np.isfinite(np.asarray(dkernel)).all()
+
+
+@pytest.mark.parametrize("operator", ["forward", "grad_input", "grad_filter"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=(13, 28), channels=48, dtypes=("bfloat16",) * 3),
+        Case(size=(13, 28), channels=48),
+        Case(size=(14, 56), channels=6, kernel_size=(5, 5), padding=((2, 2), (2, 2)), layout="NCHW"),
+        Case(size=(14, 14), channels=32, kernel_size=(7, 7), padding=((3, 3), (3, 3)), dtypes=("float16",) * 3),
+        Case(size=(15, 30), channels=24, strides=(2, 2), kernel_size=(5, 5), padding=((1, 2), (1, 2))),
+        Case(size=(16, 30), channels=24, strides=(2, 2), padding=((0, 1), (0, 1)), dtypes=("bfloat16",) * 3),
+        Case(size=(1, 300), channels=8, kernel_size=(1, 4), padding=((0, 0), (3, 0))),
+    ],
+    ids=str,
+)
+def test_every_kind_of_tile(case, operator, monkeypatch):
+    """The planner takes the best; here the others show that they are right, too."""
+    n, (h, w), c = case.batch, case.size, case.channels
+    _, candidates = _planning.plan(
+        operator, (n, h, w, c), case.kernel_size, case.strides, layout=case.layout, dtype=case.dtypes[0]
+    )
+    kinds = {}
+    for candidate in candidates:
+        kind, _, numbers = candidate.text.partition(":")
+        kinds.setdefault((kind, *numbers.split("x")[:-1]), candidate.text)
+    operands = [jnp.asarray(a) for a in case.operands(operator)]
+    for tile in list(kinds.values())[:24]:
+        monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
+        result = numerics.run(case, operator, *operands)
+        numerics.check_result(case, operator, *(np.asarray(a) for a in operands), result)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_misaligned_operands(dtype, layout, channels):
+    """A slice inside a jitted function may reach the kernel as an address in the middle of a buffer."""
+    shape = (3, 5, 28, channels) if layout == "NHWC" else (3, channels, 5, 28)
+    x, kernel = numerics.normal(*shape), numerics.normal(3, 3, 1, channels, seed=1)
+
+    def loss(x, kernel):
+        y = jax_dwsconv.depthwise_conv2d(x, kernel, data_format=layout)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    step = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    whole = jax.jit(step)(jnp.array(x[1:]), kernel)
+    sliced = jax.jit(lambda x, kernel: step(x[1:], kernel))(x, kernel)
+    for a, b in zip(jax.tree.leaves(sliced), jax.tree.leaves(whole), strict=True):
+        numerics.assert_close(a, np.asarray(b, np.float64), length=3 * 5 * 28)

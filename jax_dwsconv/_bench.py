@@ -1,0 +1,341 @@
+"""Times the operators layer by layer, beside what else computes them: `python -m jax_dwsconv bench`.
+
+Every contestant runs in the same process on the same random inputs (PyTorch in a process of its own) and is compared
+with ours before it is timed. Times are medians: on a GPU of the time that its kernels take (CUPTI), elsewhere of one
+jitted call that is blocked on.
+"""
+
+import csv
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax, numpy as jnp
+
+import jax_dwsconv
+from jax_dwsconv import _planning, _versions
+
+OPERATORS = ("forward", "grad_input", "grad_filter")
+PEERS = ("lax", "shift", "torch")
+_LARGEST_SHIFT_KERNEL = 7  # XLA takes minutes to compile more
+_ROTATED_BYTES = 150e6  # several times the L2 cache
+_FMA_PER_SECOND = {"H100": 33.4e12, "H200": 33.4e12}  # float32, measured
+
+
+class Layer(NamedTuple):
+    """A depthwise convolution of a square image with SAME padding."""
+
+    size: int
+    channels: int
+    kernel_size: int
+    stride: int
+
+    def __str__(self) -> str:
+        return f"{self.size}x{self.size}x{self.channels} k{self.kernel_size} s{self.stride}"
+
+
+# Of MobileNetV2, EfficientNet-B0 and ConvNeXt-T.
+LAYERS = (
+    Layer(112, 32, 3, 1),
+    Layer(112, 96, 3, 2),
+    Layer(56, 144, 3, 1),
+    Layer(56, 144, 5, 2),
+    Layer(28, 240, 5, 1),
+    Layer(14, 512, 3, 1),
+    Layer(14, 672, 5, 1),
+    Layer(7, 1152, 5, 1),
+    Layer(56, 96, 7, 1),
+    Layer(14, 384, 7, 1),
+)
+
+
+class Case(NamedTuple):
+    """One operator of one layer."""
+
+    operator: str
+    layer: Layer
+    batch: int
+    dtype: str
+    layout: str
+
+
+def _convolve(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    size, channels, kernel_size, stride = case.layer
+    if peer == "ours":
+        return jax_dwsconv.depthwise_conv2d(x, kernel, strides=stride, data_format=case.layout)
+    if peer == "lax":
+        numbers = (case.layout, "HWIO", case.layout)
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=channels
+        )
+    axes = (1, 2) if case.layout == "NHWC" else (2, 3)
+    out = -(-size // stride)
+    total = max(0, (out - 1) * stride + kernel_size - size)
+    x = jnp.pad(x, [(total // 2, total - total // 2) if axis in axes else (0, 0) for axis in range(4)])
+    result = 0
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            window = lax.slice_in_dim(x, i, i + (out - 1) * stride + 1, stride, axes[0])
+            window = lax.slice_in_dim(window, j, j + (out - 1) * stride + 1, stride, axes[1])
+            tap = kernel[i, j, 0] if case.layout == "NHWC" else kernel[i, j, 0][:, None, None]
+            result += window.astype(jnp.float32) * tap.astype(jnp.float32)
+    return result.astype(x.dtype)
+
+
+def _pass(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> Callable:
+    """The operator of the case as a jitted function of its two operands, without the forward pass in the gradients."""
+    convolve = functools.partial(_convolve, peer, case)
+    functions = {
+        "forward": convolve,
+        "grad_input": lambda g, kernel: jax.linear_transpose(lambda x: convolve(x, kernel), x)(g)[0],
+        "grad_filter": lambda x, g: jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(g)[0],
+    }
+    return jax.jit(functions[case.operator])
+
+
+def _operands(case: Case) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array, jax.Array]:
+    """As many pairs of operands as defeat the cache of a GPU at large batches, and examples of x and kernel."""
+    size, channels, kernel_size, stride = case.layer
+    out = -(-size // stride)
+    last = case.layout == "NHWC"
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
+
+    x = normal(case.batch, *((size, size, channels) if last else (channels, size, size)))
+    g = normal(case.batch, *((out, out, channels) if last else (channels, out, out)))
+    kernel = normal(kernel_size, kernel_size, 1, channels)
+    first, second = {"forward": (x, kernel), "grad_input": (g, kernel), "grad_filter": (x, g)}[case.operator]
+    rotate = jax.default_backend() == "gpu" and case.batch > 8
+    copies = max(1, math.ceil(_ROTATED_BYTES / (x.nbytes + g.nbytes))) if rotate else 1
+    return [(first, second)] + [(first + 0, second + 0) for _ in range(copies - 1)], x, kernel
+
+
+def _microseconds(function: Callable, operands: list[tuple], seconds: float) -> float:
+    jax.block_until_ready(function(*operands[0]))
+    times: list[float] = []
+    if jax.default_backend() == "gpu":
+        from jax.experimental.mosaic.gpu import profiler  # noqa: PLC0415  (needs a GPU)
+
+        measured = profiler.measure(function)
+        for i in range(max(5, len(operands) + 1)):
+            times.append(1e3 * measured(*operands[i % len(operands)])[1])
+        return statistics.median(times)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        jax.block_until_ready(function(*operands[0]))
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+class Floor(NamedTuple):
+    """What no kernel on this device can undercut, measured in this run."""
+
+    launch_us: float
+    bytes_per_us: float
+    products_per_us: float
+
+    @classmethod
+    def measure(cls, seconds: float) -> "Floor":
+        copy = jax.jit(jnp.negative)  # a copy would be no kernel
+        large = jnp.zeros(2**28 if jax.default_backend() == "gpu" else 2**20, jnp.float32)
+        rate = 2 * large.nbytes / _microseconds(copy, [(large,)], seconds)
+        small = _microseconds(copy, [(jnp.zeros(1024, jnp.float32),)], seconds)
+        kind = jax.devices()[0].device_kind
+        products = next((rate / 1e6 for name, rate in _FMA_PER_SECOND.items() if name in kind), math.inf)
+        return cls(small, rate, products)
+
+    def of(self, case: Case) -> float:
+        size, channels, kernel_size, stride = case.layer
+        out = -(-size // stride)
+        images = case.batch * channels * (size**2 + out**2)
+        traffic = (images + channels * kernel_size**2) * jnp.dtype(case.dtype).itemsize
+        products = case.batch * channels * out**2 * kernel_size**2
+        return max(self.launch_us, traffic / self.bytes_per_us, products / self.products_per_us)
+
+
+def _disagreement(ours: jax.Array, theirs: jax.Array) -> float:
+    """Largest difference relative to the largest value."""
+    ours, theirs = (a.astype(jnp.float32) for a in (ours, theirs))
+    return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
+
+
+def _torch_times(cases: list[Case]) -> list[float | None]:
+    """PyTorch's times, from a process of its own: two libraries cannot listen to CUPTI at once."""
+    if importlib.util.find_spec("torch") is None or jax.default_backend() != "gpu":
+        return [None] * len(cases)
+    request = json.dumps([{**case._asdict(), "layer": list(case.layer)} for case in cases])
+    script = pathlib.Path(__file__).with_name("_bench_torch.py")
+    done = subprocess.run([sys.executable, script], input=request, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"PyTorch could not be measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return [None] * len(cases)
+    return json.loads(done.stdout)
+
+
+def _with_tile(tile: str, measure: Callable) -> float:
+    os.environ["JAX_DWSCONV_TILE"] = tile
+    try:
+        return measure()
+    finally:
+        del os.environ["JAX_DWSCONV_TILE"]
+
+
+def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]:
+    """The best of all tiles, and its time."""
+    size, channels, kernel_size, stride = case.layer
+    _, candidates = _planning.plan(
+        case.operator,
+        (case.batch, size, size, channels),
+        (kernel_size,) * 2,
+        (stride,) * 2,
+        layout=case.layout,
+        dtype=case.dtype,
+    )
+    promising = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)[:40]
+
+    def measure():
+        return _microseconds(_pass("ours", case, x, kernel), operands, seconds)
+
+    times = {candidate.text: _with_tile(candidate.text, measure) for candidate in promising}
+    best = min(times, key=times.get)
+    return best, times[best]
+
+
+def _measure(case: Case, peers: list[str], floor: Floor, sweep: bool, seconds: float) -> dict:
+    operands, x, kernel = _operands(case)
+    ours = _pass("ours", case, x, kernel)
+    row = {**case._asdict(), "layer": str(case.layer), "floor_us": floor.of(case)}
+    row["ours_us"] = _microseconds(ours, operands, seconds)
+    for peer in peers:
+        if peer == "torch" or (peer == "shift" and case.layer.kernel_size > _LARGEST_SHIFT_KERNEL):
+            continue
+        theirs = _pass(peer, case, x, kernel)
+        with jax.default_matmul_precision("highest"):
+            error = _disagreement(ours(*operands[0]), _pass(peer, case, x, kernel)(*operands[0]))
+        if not error < (1e-4 if case.dtype == "float32" else 3e-2):
+            raise SystemExit(f"{case} differs from {peer} by {error:.1e}")
+        row[f"{peer}_us"] = _microseconds(theirs, operands, seconds)
+    if sweep:
+        row["best_tile"], row["best_us"] = _sweep(case, operands, x, kernel, seconds)
+    return row
+
+
+def _geometric_means(rows: list[dict], columns: list[str]) -> Iterator[str]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["operator"], row["dtype"], row["layout"], row["batch"]), []).append(row)
+    for key, group in groups.items():
+        ratios = {"ours / floor": [r["ours_us"] / r["floor_us"] for r in group]}
+        for column in columns:
+            ratios[f"{column[:-3]} / ours"] = [r[column] / r["ours_us"] for r in group if r.get(column)]
+        shown = ", ".join(f"{k} {statistics.geometric_mean(v):.2f}" for k, v in ratios.items() if v)
+        yield f"{' '.join(map(str, key[:3]))} batch {key[3]} ({len(group)} layers): {shown}"
+
+
+def _plot(rows: list[dict], path: pathlib.Path) -> None:
+    try:
+        from matplotlib import pyplot  # noqa: PLC0415  (optional)
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'jax-dwsconv[bench]')", file=sys.stderr)
+        return
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], row["layout"], row["batch"]), []).append(row)
+    figure, axes = pyplot.subplots(len(groups), 1, figsize=(9, 2.6 * len(groups)), squeeze=False, layout="constrained")
+    for axis, (key, group) in zip(axes[:, 0], groups.items(), strict=True):
+        layers = list(dict.fromkeys(row["layer"] for row in group))
+        for shift, operator in enumerate(OPERATORS):
+            found = {r["layer"]: r["ours_us"] / r["floor_us"] for r in group if r["operator"] == operator}
+            positions = [layers.index(layer) + 0.27 * (shift - 1) for layer in found]
+            axis.bar(positions, list(found.values()), 0.25, label=operator)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(layers)), layers, rotation=25, ha="right", fontsize=8)
+        axis.set_ylabel("time / floor")
+        axis.set_title(f"{key[0]}, {key[1]}, batch {key[2]}", fontsize=9)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _environment() -> dict:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jax-dwsconv": _versions.PACKAGE,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run(options) -> int:
+    """Measures what the parsed command line asks for, prints a table and writes the files. Returns the exit code."""
+    peers = list(options.peers)
+    environment = _environment()
+    print(", ".join(f"{k} {v}" for k, v in environment.items()))
+    floor = Floor.measure(options.seconds)
+    limits = [f"{floor.launch_us:.2f} us for a copy of 4 KiB", f"{floor.bytes_per_us / 1e3:.0f} GB/s"]
+    if math.isfinite(floor.products_per_us):
+        limits.append(f"{floor.products_per_us / 1e6:.1f}e12 products per second")
+    print(f"floor: {', '.join(limits)}\n")
+    columns = [f"{peer}_us" for peer in peers] + (["best_us"] if options.sweep else [])
+    names = ["floor_us", "ours_us", *columns, *(["best_tile"] if options.sweep else [])]
+    print(
+        f"| operator | layer | batch | dtype | layout | {' | '.join(names)} |\n|{'---|' * (5 + len(names))}", flush=True
+    )
+    cases = [
+        Case(operator, layer, batch, dtype, layout)
+        for batch in options.batch
+        for dtype in options.dtype
+        for layout in options.layout
+        for layer in options.layers
+        for operator in options.operators
+    ]
+    torch = dict(zip(cases, _torch_times(cases), strict=True)) if "torch" in peers else {}
+    rows: list[dict] = []
+
+    def write() -> None:
+        if options.output is None:
+            return
+        path = pathlib.Path(options.output)
+        text = json.dumps({"environment": environment, "floor": floor._asdict(), "rows": rows}, indent=1)
+        path.with_suffix(".json").write_text(text + "\n")
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            fields = ["operator", "layer", "batch", "dtype", "layout", *names]
+            writer = csv.DictWriter(file, fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+    for number, case in enumerate(cases):
+        if sys.stderr.isatty():
+            print(f"\r{number + 1} of {len(cases)}: {case.operator} {case.layer} ", end="", file=sys.stderr)
+        row = _measure(case, peers, floor, options.sweep, options.seconds)
+        row["torch_us"] = torch.get(case)
+        rows.append(row)
+        cells = [row.get(name) for name in names]
+        shown = [f"{cell:.2f}" if isinstance(cell, float) else str(cell or "-") for cell in cells]
+        print(f"| {case.operator} | {case.layer} | {case.batch} | {case.dtype} | {case.layout} | {' | '.join(shown)} |")
+        sys.stdout.flush()
+        write()
+    print()
+    for line in _geometric_means(rows, [c for c in columns if c != "best_us"]):
+        print(line)
+    if options.sweep:
+        regrets = [row["ours_us"] / row["best_us"] for row in rows]
+        print(f"planner / best tile: {statistics.geometric_mean(regrets):.3f} on average, {max(regrets):.3f} at worst")
+    if options.output is not None:
+        _plot(rows, pathlib.Path(options.output).with_suffix(".png"))
+    return 0

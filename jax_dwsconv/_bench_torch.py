@@ -1,0 +1,54 @@
+"""PyTorch's side of `python -m jax_dwsconv bench`: cases as JSON on the standard input, microseconds on the output."""
+
+import json
+import statistics
+import sys
+
+import torch
+from torch.autograd import DeviceType
+
+
+def _kernel_microseconds(function, warmups: int = 3, runs: int = 5) -> float:
+    for _ in range(warmups):
+        function()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(runs):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function()
+            torch.cuda.synchronize()
+        events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+        times.append(sum(e.self_device_time_total for e in events))
+    return statistics.median(times)
+
+
+def _function(case: dict):
+    size, channels, kernel_size, stride = case["layer"]
+    pad = kernel_size // 2
+    layout = torch.channels_last if case["layout"] == "NHWC" else torch.contiguous_format
+    options = {"device": "cuda", "dtype": getattr(torch, case["dtype"])}
+    x = torch.randn(case["batch"], channels, size, size, **options).to(memory_format=layout)
+    kernel = torch.randn(channels, 1, kernel_size, kernel_size, **options).to(memory_format=layout)
+    y = torch.nn.functional.conv2d(x, kernel, None, stride, pad, 1, channels)
+    if case["operator"] == "forward":
+        return lambda: torch.nn.functional.conv2d(x, kernel, None, stride, pad, 1, channels)
+    g = torch.randn_like(y)
+    mask = [case["operator"] == "grad_input", case["operator"] == "grad_filter", False]
+    window = ([stride] * 2, [pad] * 2, [1, 1], False, [0, 0], channels, mask)
+    return lambda: torch.ops.aten.convolution_backward(g, x, kernel, None, *window)
+
+
+def main() -> None:
+    """Answers the request."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
+    answers = []
+    with torch.no_grad():
+        for case in json.load(sys.stdin):
+            answers.append(_kernel_microseconds(_function(case)))
+            torch.cuda.empty_cache()
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

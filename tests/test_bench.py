@@ -1,0 +1,51 @@
+import csv
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from jax_dwsconv import __main__ as command_line, _bench
+
+HAS_PLOTS = importlib.util.find_spec("matplotlib") is not None
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_small_run(layout, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = f"bench --layers 9,8,3,2 7,8,5,1 --layout {layout} --peers lax shift --seconds 0.01 --output {output}"
+    assert command_line.main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("batch 1 (2 layers): ours / floor") == 3
+    with output.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {row["operator"] for row in rows} == set(_bench.OPERATORS)
+    assert all(float(row[name]) > 0 for row in rows for name in ("floor_us", "ours_us", "lax_us", "shift_us"))
+    saved = json.loads(output.with_suffix(".json").read_text())
+    assert saved["environment"]["jax"] == jax.__version__
+    assert len(saved["rows"]) == 6
+    assert output.with_suffix(".png").exists() == HAS_PLOTS
+
+
+def test_a_wrong_peer_is_noticed(monkeypatch):
+    right = _bench._convolve
+    monkeypatch.setattr(_bench, "_convolve", lambda peer, *rest: right(peer, *rest) * (2 if peer == "lax" else 1))
+    with pytest.raises(SystemExit, match="differs from lax"):
+        command_line.main(["bench", "--layers", "5,8,3,1", "--operators", "forward", "--seconds", "0.01"])
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the tiles are swept")
+def test_no_tiles_to_sweep_on_a_cpu(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["bench", "--sweep"])
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_floor():
+    floor = _bench.Floor(launch_us=1.3, bytes_per_us=3.0e6, products_per_us=33.4e6)
+    case = _bench.Case("forward", _bench.Layer(112, 32, 3, 1), 128, "float32", "NHWC")
+    assert floor.of(case) == pytest.approx(137.0, rel=1e-3)  # bytes
+    assert floor.of(case._replace(batch=1, dtype="bfloat16")) == 1.3
+    large = case._replace(layer=_bench.Layer(28, 256, 29, 1))
+    assert floor.of(large) == pytest.approx(646.9, rel=1e-3)  # products

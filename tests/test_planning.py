@@ -1,0 +1,155 @@
+"""The planner of the CUDA kernels, which needs no GPU."""
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+import jax_dwsconv
+from jax_dwsconv import __main__ as command_line, _planning, lowering
+
+DEVICES = _planning.DEVICES
+PROBLEMS = {
+    "small": {"shape": (1, 14, 14, 512), "kernel_size": (3, 3)},
+    "large": {"shape": (128, 56, 56, 144), "kernel_size": (3, 3)},
+    "wide filter": {"shape": (8, 28, 28, 192), "kernel_size": (7, 7)},
+    "stride 2": {"shape": (8, 56, 56, 144), "kernel_size": (5, 5), "strides": (2, 2)},
+    "odd": {"shape": (3, 19, 33, 33), "kernel_size": (3, 3)},
+    "one dimension": {"shape": (4, 1, 4096, 64), "kernel_size": (1, 4)},
+}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.partition(":")[2].split("x") if n]
+
+
+@pytest.mark.parametrize("operator", ["forward", "grad_input", "grad_filter"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_the_choice_is_the_candidate_of_the_least_estimate(problem, dtype, layout, operator):
+    for device in DEVICES.values():
+        chosen, candidates = _planning.plan(operator, **problem, dtype=dtype, layout=layout, device=device)
+        estimated = [candidate for candidate in candidates if candidate.cycles > 0]
+        assert chosen in candidates
+        assert estimated
+        assert chosen.cycles == min(candidate.cycles for candidate in estimated)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("rtx2080ti", "bfloat16"), ("h100", "float32")])
+def test_tensor_cores_only_where_they_help(device, dtype):
+    """The instructions are of compute capability 8.0, and of 16-bit types."""
+    _, candidates = _planning.plan("forward", **PROBLEMS["wide filter"], dtype=dtype, device=DEVICES[device])
+    assert not any(candidate.text.startswith("toeplitz") for candidate in candidates)
+
+
+def test_tensor_cores_for_wide_filters():
+    chosen, _ = _planning.plan("forward", **PROBLEMS["wide filter"], dtype="bfloat16")
+    assert chosen.text.startswith("toeplitz")
+
+
+def test_shared_memory_bounds_the_tiles():
+    device = DEVICES["h100"]
+    small = device._replace(most_shared_memory=1024)
+    _, candidates = _planning.plan("forward", **PROBLEMS["large"], dtype="bfloat16", device=device)
+    assert any(candidate.text.startswith("toeplitz") for candidate in candidates)
+    _, candidates = _planning.plan("forward", **PROBLEMS["large"], dtype="bfloat16", device=small)
+    assert not any(candidate.text.startswith("toeplitz") for candidate in candidates)
+
+
+def test_vectors_divide_the_channels():
+    for operator in ("forward", "grad_input", "grad_filter"):
+        _, candidates = _planning.plan(operator, **PROBLEMS["odd"], dtype="float32")
+        vectors = {_numbers(c.text)[0] for c in candidates if c.text.partition(":")[0] in ("march", "tap_sums")}
+        assert vectors == {1}
+
+
+@pytest.mark.parametrize("operator", ["forward", "grad_input"])
+def test_small_batches_are_cut_until_the_machine_is_full(operator):
+    """A 7x7 plane has no strips to spare, but at 28x28 one image must not run in whole columns."""
+    rows = {}
+    for batch in (1, 128):
+        chosen, _ = _planning.plan(operator, (batch, 28, 28, 192), (5, 5), dtype="float32")
+        rows[batch] = _numbers(chosen.text)[-1]
+    assert rows[1] < rows[128]
+
+
+def test_splits_fit_the_workspace():
+    for channels in (8, 512, 8192):
+        most = lowering.workspace_shape((1, 7, 7, channels))[0]
+        _, candidates = _planning.plan("grad_filter", (64, 14, 14, channels), (7, 7))
+        splits = [_numbers(candidate.text)[-1] for candidate in candidates]
+        assert all(1 <= n <= most for n in splits)
+
+
+@pytest.mark.parametrize(
+    "unusual", [{"dilation": (2, 2)}, {"strides": (3, 3)}, {"kernel_size": (9, 9)}, {"strides": (1, 2)}], ids=str
+)
+def test_the_general_kernels_take_the_rest(unusual):
+    problem = {"kernel_size": (3, 3), **unusual}
+    chosen, candidates = _planning.plan("forward", (2, 32, 32, 33), **problem)
+    assert (chosen.text, chosen.cycles) == ("gather", 0)
+    assert len(candidates) == 1
+    assert _planning.plan("grad_filter", (2, 32, 32, 33), **problem)[0].text.startswith("pieces")
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ({"dtype": "float64"}, "dtype"),
+        ({"layout": "HWNC"}, "layout"),
+        ({"padding": "FULL"}, "padding"),
+        ({"operator": "backward"}, "operator"),
+        ({"padding": "VALID", "kernel_size": (15, 15)}, "empty"),
+    ],
+)
+def test_bad_arguments_are_named(bad, named):
+    arguments = {"operator": "forward", "shape": (1, 14, 14, 8), "kernel_size": (3, 3), **bad}
+    with pytest.raises(ValueError, match=named):
+        _planning.plan(**arguments)
+
+
+def _lowered_for_cuda() -> str:
+    x, kernel = jnp.zeros((1, 8, 8, 16)), jnp.zeros((3, 3, 1, 16))
+
+    def convolve(x, kernel):
+        return jax_dwsconv.depthwise_conv2d(x, kernel)
+
+    return jax.jit(convolve).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_forced_tile_travels_with_the_program(monkeypatch):
+    monkeypatch.delenv("JAX_DWSCONV_TILE", raising=False)
+    assert "tile" not in _lowered_for_cuda()
+    monkeypatch.setenv("JAX_DWSCONV_TILE", "march:1x4x4x2")
+    assert 'tile = "march:1x4x4x2"' in _lowered_for_cuda()
+
+
+def test_command_line(capsys):
+    arguments = "plan --shape 8,28,28,192 --kernel 7 --dtype bfloat16 --device a100 --candidates 3"
+    assert command_line.main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "a100 (108 multiprocessors)" in printed
+    assert printed.count("cycles  ") == 3
+    assert "<- chosen" in printed.splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan", "--shape"),
+        ("plan --shape 1,2,3", "4 positive integers"),
+        ("plan --shape 1,2,3,0", "4 positive integers"),
+        ("plan --shape 1,8,8,8 --device tpu", "invalid choice"),
+        ("bench --layers 14,32,3", "4 positive integers"),
+    ],
+)
+def test_command_line_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(arguments.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_refuses_an_empty_result(capsys):
+    assert command_line.main(["plan", "--shape", "1,2,2,8", "--kernel", "3", "--padding", "VALID"]) == 2
+    assert "empty" in capsys.readouterr().err
