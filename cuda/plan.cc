@@ -74,7 +74,7 @@ struct Sizes {
 };
 
 // Estimated time in cycles. The form follows from what the kernel does; the constants were fitted to a sweep of all
-// tiles over the layers of benchmarks/operators.py on an H100 (see docs/performance.md).
+// tiles over the layers of the benchmark on an H100 (see docs/performance.md).
 double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
   const double kh = m.kernel_h, kw = m.kernel_w, v = tile.vector, t = tile.columns;
