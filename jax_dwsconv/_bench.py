@@ -2,7 +2,8 @@
 
 Every contestant runs in the same process on the same random inputs (PyTorch in a process of its own) and is compared
 with ours before it is timed. Times are medians: on a GPU of the time that its kernels take (CUPTI), elsewhere of one
-jitted call that is blocked on.
+call that is blocked on. The floor of a case is what its bytes take at the copy rate, its multiply-adds at the peak (on
+a CPU that of a matrix product) or the smallest kernel, whichever is longest; all are measured in the same run.
 """
 
 import csv
@@ -31,7 +32,7 @@ OPERATORS = ("forward", "grad_input", "grad_filter")
 PEERS = ("lax", "shift", "torch")
 _LARGEST_SHIFT_KERNEL = 7  # XLA takes minutes to compile more
 _ROTATED_BYTES = 150e6  # several times the L2 cache
-_FMA_PER_SECOND = {"H100": 33.4e12, "H200": 33.4e12}  # float32, measured
+_FMA_PER_SECOND = {"H100": 33.4e12, "H200": 33.4e12}  # float32, measured once
 
 
 class Layer(NamedTuple):
@@ -59,6 +60,48 @@ LAYERS = (
     Layer(56, 96, 7, 1),
     Layer(14, 384, 7, 1),
 )
+
+# The different layers of each model at 224 x 224.
+MODELS = {
+    "mobilenet_v1": (
+        Layer(112, 32, 3, 1),
+        Layer(112, 64, 3, 2),
+        Layer(56, 128, 3, 1),
+        Layer(56, 128, 3, 2),
+        Layer(28, 256, 3, 1),
+        Layer(28, 256, 3, 2),
+        Layer(14, 512, 3, 1),
+        Layer(14, 512, 3, 2),
+        Layer(7, 1024, 3, 1),
+    ),
+    "mobilenet_v2": (
+        Layer(112, 32, 3, 1),
+        Layer(112, 96, 3, 2),
+        Layer(56, 144, 3, 1),
+        Layer(56, 144, 3, 2),
+        Layer(28, 192, 3, 1),
+        Layer(28, 192, 3, 2),
+        Layer(14, 384, 3, 1),
+        Layer(14, 576, 3, 1),
+        Layer(14, 576, 3, 2),
+        Layer(7, 960, 3, 1),
+    ),
+    "efficientnet_b0": (
+        Layer(112, 32, 3, 1),
+        Layer(112, 96, 3, 2),
+        Layer(56, 144, 3, 1),
+        Layer(56, 144, 5, 2),
+        Layer(28, 240, 5, 1),
+        Layer(28, 240, 3, 2),
+        Layer(14, 480, 3, 1),
+        Layer(14, 480, 5, 1),
+        Layer(14, 672, 5, 1),
+        Layer(14, 672, 5, 2),
+        Layer(7, 1152, 5, 1),
+        Layer(7, 1152, 3, 1),
+    ),
+    "convnext_t": (Layer(56, 96, 7, 1), Layer(28, 192, 7, 1), Layer(14, 384, 7, 1), Layer(7, 768, 7, 1)),
+}
 
 
 class Case(NamedTuple):
@@ -151,13 +194,24 @@ class Floor(NamedTuple):
 
     @classmethod
     def measure(cls, seconds: float) -> "Floor":
-        copy = jax.jit(jnp.negative)  # a copy would be no kernel
-        large = jnp.zeros(2**28 if jax.default_backend() == "gpu" else 2**20, jnp.float32)
-        rate = 2 * large.nbytes / _microseconds(copy, [(large,)], seconds)
-        small = _microseconds(copy, [(jnp.zeros(1024, jnp.float32),)], seconds)
-        kind = jax.devices()[0].device_kind
-        products = next((rate / 1e6 for name, rate in _FMA_PER_SECOND.items() if name in kind), math.inf)
-        return cls(small, rate, products)
+        negate = jax.jit(jnp.negative)  # a copy would be no kernel
+        small = _microseconds(negate, [(jnp.zeros(1024, jnp.float32),)], seconds)
+        if jax.default_backend() == "gpu":
+            large = jnp.zeros(2**28, jnp.float32)
+            rate = 2 * large.nbytes / _microseconds(negate, [(large,)], seconds)
+            kind = jax.devices()[0].device_kind
+            products = next((rate / 1e6 for name, rate in _FMA_PER_SECOND.items() if name in kind), math.inf)
+            return cls(small, rate, products)
+        in_place = jax.jit(jnp.negative, donate_argnums=0)  # new memory would cost page faults
+        large = in_place(jnp.zeros(2**24, jnp.float32))
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            large = jax.block_until_ready(in_place(large))
+            times.append(1e6 * (time.perf_counter() - start))
+        square = jnp.ones((1024, 1024), jnp.float32)
+        products = 1024**3 / _microseconds(jax.jit(jnp.matmul), [(square, square)], seconds)
+        return cls(small, 2 * large.nbytes / statistics.median(times), products)
 
     def of(self, case: Case) -> float:
         size, channels, kernel_size, stride = case.layer
@@ -174,11 +228,13 @@ def _disagreement(ours: jax.Array, theirs: jax.Array) -> float:
     return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
 
 
-def _torch_times(cases: list[Case]) -> list[float | None]:
-    """PyTorch's times, from a process of its own: two libraries cannot listen to CUPTI at once."""
-    if importlib.util.find_spec("torch") is None or jax.default_backend() != "gpu":
+def _torch_times(cases: list[Case], seconds: float) -> list[float | None]:
+    """PyTorch's times, from a process of its own: two libraries cannot listen to CUPTI at once, nor share all cores."""
+    if importlib.util.find_spec("torch") is None:
         return [None] * len(cases)
-    request = json.dumps([{**case._asdict(), "layer": list(case.layer)} for case in cases])
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    described = [{**case._asdict(), "layer": list(case.layer)} for case in cases]
+    request = json.dumps({"device": device, "seconds": seconds, "cases": described})
     script = pathlib.Path(__file__).with_name("_bench_torch.py")
     done = subprocess.run([sys.executable, script], input=request, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -284,12 +340,14 @@ def _environment() -> dict:
 def run(options) -> int:
     """Measures what the parsed command line asks for, prints a table and writes the files. Returns the exit code."""
     peers = list(options.peers)
+    of_models = [layer for model in options.models for layer in MODELS[model]]
+    layers = list(dict.fromkeys(options.layers or of_models or LAYERS))
     environment = _environment()
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
     floor = Floor.measure(options.seconds)
     limits = [f"{floor.launch_us:.2f} us for a copy of 4 KiB", f"{floor.bytes_per_us / 1e3:.0f} GB/s"]
     if math.isfinite(floor.products_per_us):
-        limits.append(f"{floor.products_per_us / 1e6:.1f}e12 products per second")
+        limits.append(f"{floor.products_per_us / 1e3:.0f}e9 products per second")
     print(f"floor: {', '.join(limits)}\n")
     columns = [f"{peer}_us" for peer in peers] + (["best_us"] if options.sweep else [])
     names = ["floor_us", "ours_us", *columns, *(["best_tile"] if options.sweep else [])]
@@ -301,10 +359,10 @@ def run(options) -> int:
         for batch in options.batch
         for dtype in options.dtype
         for layout in options.layout
-        for layer in options.layers
+        for layer in layers
         for operator in options.operators
     ]
-    torch = dict(zip(cases, _torch_times(cases), strict=True)) if "torch" in peers else {}
+    torch = dict(zip(cases, _torch_times(cases, options.seconds), strict=True)) if "torch" in peers else {}
     rows: list[dict] = []
 
     def write() -> None:

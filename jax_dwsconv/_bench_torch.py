@@ -1,8 +1,10 @@
 """PyTorch's side of `python -m jax_dwsconv bench`: cases as JSON on the standard input, microseconds on the output."""
 
 import json
+import os
 import statistics
 import sys
+import time
 
 import torch
 from torch.autograd import DeviceType
@@ -22,11 +24,21 @@ def _kernel_microseconds(function, warmups: int = 3, runs: int = 5) -> float:
     return statistics.median(times)
 
 
-def _function(case: dict):
+def _call_microseconds(function, seconds: float) -> float:
+    function()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        function()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _function(case: dict, device: str):
     size, channels, kernel_size, stride = case["layer"]
     pad = kernel_size // 2
     layout = torch.channels_last if case["layout"] == "NHWC" else torch.contiguous_format
-    options = {"device": "cuda", "dtype": getattr(torch, case["dtype"])}
+    options = {"device": device, "dtype": getattr(torch, case["dtype"])}
     x = torch.randn(case["batch"], channels, size, size, **options).to(memory_format=layout)
     kernel = torch.randn(channels, 1, kernel_size, kernel_size, **options).to(memory_format=layout)
     y = torch.nn.functional.conv2d(x, kernel, None, stride, pad, 1, channels)
@@ -40,13 +52,20 @@ def _function(case: dict):
 
 def main() -> None:
     """Answers the request."""
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
+    request = json.load(sys.stdin)
+    on_gpu = request["device"] == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     answers = []
     with torch.no_grad():
-        for case in json.load(sys.stdin):
-            answers.append(_kernel_microseconds(_function(case)))
-            torch.cuda.empty_cache()
+        for case in request["cases"]:
+            function = _function(case, request["device"])
+            answers.append(
+                _kernel_microseconds(function) if on_gpu else _call_microseconds(function, request["seconds"])
+            )
     json.dump(answers, sys.stdout)
 
 

@@ -42,6 +42,12 @@ def test_no_tiles_to_sweep_on_a_cpu(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
+def test_layers_of_models():
+    for layers in _bench.MODELS.values():
+        assert len(set(layers)) == len(layers)
+    assert set(_bench.LAYERS) <= {layer for layers in _bench.MODELS.values() for layer in layers}
+
+
 def test_floor():
     floor = _bench.Floor(launch_us=1.3, bytes_per_us=3.0e6, products_per_us=33.4e6)
     case = _bench.Case("forward", _bench.Layer(112, 32, 3, 1), 128, "float32", "NHWC")

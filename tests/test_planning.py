@@ -141,6 +141,7 @@ def test_command_line(capsys):
         ("plan --shape 1,2,3,0", "4 positive integers"),
         ("plan --shape 1,8,8,8 --device tpu", "invalid choice"),
         ("bench --layers 14,32,3", "4 positive integers"),
+        ("bench --layers 14,32,3,1 --models convnext_t", "not allowed with"),
     ],
 )
 def test_command_line_refuses(arguments, message, capsys):
