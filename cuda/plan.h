@@ -39,21 +39,23 @@ struct ToeplitzTile {
 
 // The (kernel_h, kernel_w, vector, columns, ahead) that are compiled. Larger tiles reuse more, smaller ones make more
 // threads. NCHW has vectors of one. Kernels of one row or column are for one spatial dimension, with stride 1.
-#define DWSCONV_MARCH_TILES(M)                                                                                      \
-  M(3, 3, 1, 4, 4)                                                                                                  \
-  M(3, 3, 1, 7, 2)                                                                                                  \
-  M(3, 3, 2, 4, 2)                                                                                                  \
-  M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2) M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4)             \
-      M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2)         \
-          M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2) M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2)     \
-              M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) \
-                  M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4)              \
-                      M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1)          \
-                          M(1, 5, 1, 4, 1)
+// clang-format off
+#define DWSCONV_MARCH_TILES(M) \
+  M(3, 3, 1, 4, 4) M(3, 3, 1, 7, 2) M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2) \
+  M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4) \
+  M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) \
+  M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) \
+  M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2) M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) \
+  M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) \
+  M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4) \
+  M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+// clang-format on
 
 // The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
+// clang-format off
 #define DWSCONV_MARCH_PLANES_TILES(M) \
   M(3, 4, 4) M(3, 4, 2) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4) M(7, 4, 4)
+// clang-format on
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
@@ -90,14 +92,14 @@ struct TapSumsTile {
 };
 
 // The (kernel_h, kernel_w, vector, columns, rows ahead) that are compiled, like those of the march.
-#define DWSCONV_TAP_SUMS_TILES(M)                                                                               \
-  M(3, 3, 1, 4, 4)                                                                                              \
-  M(3, 3, 2, 4, 4)                                                                                              \
-  M(3, 3, 2, 7, 2)                                                                                              \
-  M(3, 3, 1, 1, 4) M(5, 5, 1, 4, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 1, 1, 4) M(7, 7, 1, 4, 2)         \
-      M(7, 7, 2, 2, 2) M(7, 7, 1, 1, 2) M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4)     \
-          M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) \
-              M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+// clang-format off
+#define DWSCONV_TAP_SUMS_TILES(M) \
+  M(3, 3, 1, 4, 4) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 1, 1, 4) \
+  M(5, 5, 1, 4, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 1, 1, 4) \
+  M(7, 7, 1, 4, 2) M(7, 7, 2, 2, 2) M(7, 7, 1, 1, 2) \
+  M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) \
+  M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
+// clang-format on
 
 // The general kernel of grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread
 // neighbouring taps of one filter row over a part of the pieces, each piece apart so that no sum gets long.
