@@ -90,6 +90,99 @@ void BorderTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
   Store<A>(result + c, sum);
 }
 
+// The taps of one phase along the width, where they read neighbouring source columns: in the order of these.
+class NeighbouringTaps {
+ public:
+  static constexpr int kMost = 7;
+
+  NeighbouringTaps(const Gather& g, int64_t phase) : count_(g.cols.end(phase) - g.cols.begin(phase)) {
+    if (count_ < 1 || count_ > kMost) return;
+    const int64_t begin = g.cols.begin(phase), a = g.cols.offset(begin), b = g.cols.offset(begin + count_ - 1);
+    first_ = Min(a, b);
+    for (int64_t j = begin; j < begin + count_; ++j) {
+      const int64_t place = g.cols.offset(j) - first_;
+      if (place < 0 || place >= count_) return;  // dilated
+      weights_[place] = g.cols.tap(j) * g.result_channels;
+    }
+    neighbours_ = count_ == 1 || Max(a, b) - first_ == count_ - 1;
+  }
+  bool AreNeighbours() const { return neighbours_; }
+  int64_t count() const { return count_; }
+  int64_t first() const { return first_; }                 // offset of the first column
+  int64_t weight(int64_t j) const { return weights_[j]; }  // where its filter column is
+
+ private:
+  int64_t count_, first_ = 0, weights_[kMost];
+  bool neighbours_ = false;
+};
+
+constexpr int kTileColumns = DWSCONV_VECTOR_BYTES == 64 ? 8 : 4;  // as many as there are registers for
+
+// kTileColumns neighbouring results times one vector of channels, of which `count` exist. The source columns of a row
+// are loaded once and serve all taps; outside the image they are zero.
+template <class A, class S, class R, int kTaps, int kStep, bool kInside>
+DWSCONV_INLINE void ReusingTile(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTaps& columns,
+                                int64_t first, int64_t c, int64_t count, R* result) {
+  constexpr int kColumns = (kTileColumns - 1) * kStep + kTaps;
+  Vec<A> sum[kTileColumns] = {};
+  for (int64_t i = 0; i < taps.count(); ++i) {
+    const S* source = taps.source(i) + first * g.source.w + c;
+    const A* filter = taps.filter(i) + c;
+    Vec<A> in[kColumns];
+#pragma GCC unroll 32
+    for (int u = 0; u < kColumns; ++u) {
+      const bool inside = kInside || static_cast<uint64_t>(first + u) < static_cast<uint64_t>(g.source_w);
+      in[u] = inside ? Load<A>(source + u * g.source.w) : Vec<A>{};
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kTaps; ++j) {
+      const Vec<A> weight = Load<A>(filter + columns.weight(j));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTileColumns; ++t) sum[t] += weight * in[t * kStep + j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTileColumns; ++t) {
+    if (t < count) Store<A>(result + t * g.cols.phases() * g.result.w + c, sum[t]);
+  }
+}
+
+template <class A, class S, class R, int kTaps, int kStep>
+void ReusingRow(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTaps& columns, int64_t results, R* row) {
+  constexpr int64_t kVector = kLanes<A>, kColumns = (kTileColumns - 1) * kStep + kTaps;
+  const int64_t channels = g.result_channels;
+  for (int64_t q = 0; q < results; q += kTileColumns) {
+    R* result = row + q * g.cols.phases() * g.result.w;
+    const int64_t first = q * kStep + columns.first(), count = Min(kTileColumns, results - q);
+    const bool inside = first >= 0 && first + kColumns <= g.source_w;
+    for (int64_t c = 0; c < channels; c += kVector) {
+      const int64_t start = Min(c, channels - kVector);  // the last vector overlaps its neighbour
+      if (inside) {
+        ReusingTile<A, S, R, kTaps, kStep, true>(g, taps, columns, first, start, count, result);
+      } else {
+        ReusingTile<A, S, R, kTaps, kStep, false>(g, taps, columns, first, start, count, result);
+      }
+    }
+  }
+}
+
+// Returns false where there is no instance.
+template <class A, class S, class R>
+bool TryReusingRow(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, R* row) {
+  const NeighbouringTaps columns(g, phase);
+  if (!columns.AreNeighbours()) return false;
+  const int64_t results = g.cols.results(phase), taps_and_step = columns.count() * 10 + g.cols.step();
+  switch (taps_and_step) {
+    case 21: ReusingRow<A, S, R, 2, 1>(g, taps, columns, results, row); return true;
+    case 31: ReusingRow<A, S, R, 3, 1>(g, taps, columns, results, row); return true;
+    case 51: ReusingRow<A, S, R, 5, 1>(g, taps, columns, results, row); return true;
+    case 71: ReusingRow<A, S, R, 7, 1>(g, taps, columns, results, row); return true;
+    case 32: ReusingRow<A, S, R, 3, 2>(g, taps, columns, results, row); return true;
+    case 52: ReusingRow<A, S, R, 5, 2>(g, taps, columns, results, row); return true;
+    default: return false;
+  }
+}
+
 // One result element, for channel multipliers and for fewer channels than lanes.
 template <class A, class S, class R>
 void OneElement(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
@@ -115,6 +208,7 @@ void GatherRow(const Gather& g, const RowTaps<A, S>& taps, R* row) {
   const int64_t channels = g.result_channels;
   for (int64_t phase = 0; phase < g.cols.phases(); ++phase) {
     const int64_t count = g.cols.results(phase);
+    if (vectors && TryReusingRow<A>(g, taps, phase, row + phase * g.result.w)) continue;
     int64_t low = 0, high = count;
     for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
       int64_t from, to;
