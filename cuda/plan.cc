@@ -241,7 +241,7 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
     }
     ForStripRows(m.rows, [&](int rows) {
       tile.rows = rows;
-      // A hair more for what the rate hides, so that tiles stay in order.
+      // The estimate goes in once more, so that tiles which the rate bounds stay in their order.
       const double cycles = EstimateMarch(p, m, tile, device);
       visit(PassPlan{PassPlan::Kernel::kMarch, false, tile, {}, std::max(cycles, least + 1e-3 * cycles)});
     });

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 import platform
 import sys
 from types import ModuleType
@@ -63,15 +64,27 @@ def _integers(count: int, *, repeat: bool = False):
         if repeat and len(numbers) == 1:
             numbers *= count
         if len(numbers) != count or min(numbers) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {count} positive integers with commas between them")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {count} positive integer{'s with commas between them' if count > 1 else ''}"
+            )
         return numbers
 
     parse.__name__ = "integers"  # argparse shows it
     return parse
 
 
+def _count(text: str) -> int:
+    return _integers(1)(text)[0]
+
+
 def _layer(text: str) -> _bench.Layer:
     return _bench.Layer(*_integers(4)(text))
+
+
+def _output(text: str) -> str:
+    if not pathlib.Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
+    return text
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -93,8 +106,9 @@ def plan(options: argparse.Namespace) -> int:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     print(f"{options.operator} on {options.device} ({device.multiprocessors} multiprocessors): {chosen.text}")
-    print("march:vector x columns x rows ahead x strip rows; toeplitz:channels x marchers wide x strip rows;")
-    print("tap_sums:vector x columns x strip rows x splits; gather and pieces are the general kernels.")
+    print("march: vector x columns x rows ahead x strip rows; march_planes: columns x rows ahead x strip rows;")
+    print("toeplitz: channels x marchers side by side x strip rows; tap_sums: vector x columns x strip rows x splits;")
+    print("gather and pieces are the general kernels.")
     estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
     if not estimated:
         print("No specialised kernel takes this problem.")
@@ -123,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     planner.add_argument("--candidates", type=int, default=8, help="how many of the best to print")
 
     bench = commands.add_parser("bench", help="times the operators beside jax.lax, shift-and-add and PyTorch")
-    bench.add_argument("--batch", type=int, nargs="+", default=[1])
+    bench.add_argument("--batch", type=_count, nargs="+", default=[1])
     bench.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     bench.add_argument("--layout", nargs="+", default=["NHWC"], choices=("NHWC", "NCHW"))
     bench.add_argument("--operators", nargs="+", default=_bench.OPERATORS, choices=_bench.OPERATORS)
@@ -133,7 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--peers", nargs="*", default=["lax"], choices=_bench.PEERS)
     bench.add_argument("--sweep", action="store_true", help="also time the 40 most promising tiles (GPU)")
     bench.add_argument("--seconds", type=float, default=0.3, help="time for each measurement on the CPU")
-    bench.add_argument("--output", help="path without suffix; .json, .csv and .png are written (and overwritten)")
+    bench.add_argument(
+        "--output", type=_output, help="path without suffix; .json, .csv and .png are written (and overwritten)"
+    )
     bench.add_argument("--platform", choices=("cpu", "gpu"), help="instead of the default one")
 
     options = parser.parse_args(arguments)

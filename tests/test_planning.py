@@ -130,7 +130,7 @@ def test_command_line(capsys):
     printed = capsys.readouterr().out
     assert "a100 (108 multiprocessors)" in printed
     assert printed.count("cycles  ") == 3
-    assert "<- chosen" in printed.splitlines()[3]
+    assert "<- chosen" in printed.splitlines()[4]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,8 @@ def test_command_line(capsys):
         ("plan --shape 1,8,8,8 --device tpu", "invalid choice"),
         ("bench --layers 14,32,3", "4 positive integers"),
         ("bench --layers 14,32,3,1 --models convnext_t", "not allowed with"),
+        ("bench --batch 0", "1 positive integer"),
+        ("bench --output /no/such/folder/name", "does not exist"),
     ],
 )
 def test_command_line_refuses(arguments, message, capsys):
