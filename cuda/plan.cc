@@ -273,7 +273,7 @@ double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& ti
   const double latency = 590 + source_rows * 1190 / tile.ahead + 0.74 * instructions;
   const double compute = waves * std::max(0.9 * instructions * active, latency);
   const double traffic = m.source_elements * (1 + 0.58 * (k - 1) / tile.rows) + m.result_elements;
-  const double tall = 1 + 0.104 * std::max(0.0, (tile.rows - 14) / 14.0);  // fewer rows of a page are open at once
+  const double tall = 1 + 0.104 * std::max(0.0, (tile.rows - 14) / 14.0);  // measured; the reason is not known
   const double memory = traffic * m.source_bytes * tall / (13.8 * device.multiprocessors);
   return std::max(compute, memory) + 0.15 * std::min(compute, memory);
 }

@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     planner.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     planner.add_argument("--layout", default="NHWC", choices=("NHWC", "NCHW"))
     planner.add_argument("--device", default="h100", choices=_planning.DEVICES)
-    planner.add_argument("--candidates", type=int, default=8, help="how many of the best to print")
+    planner.add_argument("--candidates", type=_count, default=8, help="how many of the best to print")
 
     bench = commands.add_parser("bench", help="times the operators beside jax.lax, shift-and-add and PyTorch")
     bench.add_argument("--batch", type=_count, nargs="+", default=[1])

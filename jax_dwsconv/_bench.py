@@ -1,9 +1,11 @@
 """Times the operators layer by layer, beside what else computes them: `python -m jax_dwsconv bench`.
 
-Every contestant runs in the same process on the same random inputs (PyTorch in a process of its own) and is compared
-with ours before it is timed. Times are medians: on a GPU of the time that its kernels take (CUPTI), elsewhere of one
-call that is blocked on. The floor of a case is what its bytes take at the copy rate, its multiply-adds at the peak (on
-a CPU that of a matrix product) or the smallest kernel, whichever is longest; all are measured in the same run.
+lax and shift-and-add run in this process on the same random inputs and are compared with ours before they are timed;
+PyTorch runs in a process of its own, on random inputs of its own, and is only timed. Times are medians: on a GPU of the
+time that the kernels take (CUPTI), elsewhere of one call that is blocked on. The floor of a case is what its bytes take
+at the copy rate, its multiply-adds at the peak or the smallest kernel, whichever is longest. All three are measured in
+the same run, but for the peak of a GPU, which is a table (and left out for one that is not in it); a CPU's is that of a
+matrix product.
 """
 
 import csv
@@ -186,7 +188,7 @@ def _microseconds(function: Callable, operands: list[tuple], seconds: float) -> 
 
 
 class Floor(NamedTuple):
-    """What no kernel on this device can undercut, measured in this run."""
+    """What a kernel that reads and writes everything once in the device's memory cannot undercut."""
 
     launch_us: float
     bytes_per_us: float
@@ -231,6 +233,7 @@ def _disagreement(ours: jax.Array, theirs: jax.Array) -> float:
 def _torch_times(cases: list[Case], seconds: float) -> list[float | None]:
     """PyTorch's times, from a process of its own: two libraries cannot listen to CUPTI at once, nor share all cores."""
     if importlib.util.find_spec("torch") is None:
+        print("no times of PyTorch: it is not installed", file=sys.stderr)
         return [None] * len(cases)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     described = [{**case._asdict(), "layer": list(case.layer)} for case in cases]
@@ -252,8 +255,12 @@ def _with_tile(tile: str, measure: Callable) -> float:
 
 
 def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]:
-    """The best of all tiles, and its time."""
+    """The best of the most promising tiles, and its time."""
     size, channels, kernel_size, stride = case.layer
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "")
+    device = next((facts for name, facts in _planning.DEVICES.items() if name in kind), None)
+    if device is None:
+        raise SystemExit(f"the planner's table has no {jax.devices()[0].device_kind}: add it to _planning.DEVICES")
     _, candidates = _planning.plan(
         case.operator,
         (case.batch, size, size, channels),
@@ -261,6 +268,7 @@ def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]
         (stride,) * 2,
         layout=case.layout,
         dtype=case.dtype,
+        device=device,
     )
     promising = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)[:40]
 
@@ -381,7 +389,8 @@ def run(options) -> int:
         if sys.stderr.isatty():
             print(f"\r{number + 1} of {len(cases)}: {case.operator} {case.layer} ", end="", file=sys.stderr)
         row = _measure(case, peers, floor, options.sweep, options.seconds)
-        row["torch_us"] = torch.get(case)
+        if "torch" in peers:
+            row["torch_us"] = torch[case]
         rows.append(row)
         cells = [row.get(name) for name in names]
         shown = [f"{cell:.2f}" if isinstance(cell, float) else str(cell or "-") for cell in cells]
