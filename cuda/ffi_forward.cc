@@ -16,7 +16,7 @@ static ffi::Error ForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Diction
   if (!device) return device.error();
   const void* const source = x.untyped_data();
   void* const result = y->untyped_data();
-  const PassPlan plan = PlanPass(*problem, /*forward=*/true, *device, Alignment(source, result), ForcedTile(attrs));
+  const PassPlan plan = PlanPass(*problem, /*forward=*/true, *device, Alignment(source, filter.untyped_data(), result), ForcedTile(attrs));
   const bool has_instance = LaunchForward(*problem, plan, source, filter.untyped_data(), result, stream);
   return FinishLaunch("forward", has_instance, stream);
 }

@@ -16,7 +16,7 @@ static ffi::Error GradInputImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   if (!device) return device.error();
   const void* const source = g.untyped_data();
   void* const result = x->untyped_data();
-  const PassPlan plan = PlanPass(*problem, /*forward=*/false, *device, Alignment(source, result), ForcedTile(attrs));
+  const PassPlan plan = PlanPass(*problem, /*forward=*/false, *device, Alignment(source, filter.untyped_data(), result), ForcedTile(attrs));
   const bool has_instance = LaunchGradInput(*problem, plan, source, filter.untyped_data(), result, stream);
   return FinishLaunch("grad_input", has_instance, stream);
 }

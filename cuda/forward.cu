@@ -1,7 +1,9 @@
+#include "cuda/burst.h"
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
 #include "cuda/march_planes.h"
+#include "cuda/slide.h"
 #include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
@@ -17,6 +19,12 @@ bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const 
       break;
     case PassPlan::Kernel::kMarchPlanes:
       if (LaunchMarchPlanes(p, /*forward=*/true, plan.march, x, filter, y, stream)) return true;
+      break;
+    case PassPlan::Kernel::kBurst:
+      if (LaunchBurst(p, /*forward=*/true, plan.burst, x, filter, y, stream)) return true;
+      break;
+    case PassPlan::Kernel::kSlide:
+      if (LaunchSlide(p, /*forward=*/true, plan.slide, x, filter, y, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

@@ -1,7 +1,9 @@
+#include "cuda/burst.h"
 #include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/march.h"
 #include "cuda/march_planes.h"
+#include "cuda/slide.h"
 #include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
@@ -17,6 +19,12 @@ bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, cons
       break;
     case PassPlan::Kernel::kMarchPlanes:
       if (LaunchMarchPlanes(p, /*forward=*/false, plan.march, g, filter, x, stream)) return true;
+      break;
+    case PassPlan::Kernel::kBurst:
+      if (LaunchBurst(p, /*forward=*/false, plan.burst, g, filter, x, stream)) return true;
+      break;
+    case PassPlan::Kernel::kSlide:
+      if (LaunchSlide(p, /*forward=*/false, plan.slide, g, filter, x, stream)) return true;
       break;
     case PassPlan::Kernel::kGather: break;
   }

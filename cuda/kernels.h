@@ -16,9 +16,10 @@ bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const 
 bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, const void* filter, void* x,
                      cudaStream_t stream);
 
-// The largest power of two, up to 16, of which both addresses are multiples.
-inline int64_t Alignment(const void* a, const void* b) {
-  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | 16;
+// The largest power of two, up to 16, of which all addresses are multiples.
+template <class... Addresses>
+int64_t Alignment(Addresses... addresses) {
+  const auto bits = (reinterpret_cast<uintptr_t>(addresses) | ... | uintptr_t{16});
   return static_cast<int64_t>(bits & (~bits + 1));
 }
 

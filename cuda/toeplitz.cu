@@ -89,9 +89,12 @@ bool LaunchPass(const Problem& p, bool forward, const ToeplitzTile& tile, const 
 template <class T>
 bool LaunchFor(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands,
                cudaStream_t stream) {
-  if (p.stride_h == 1) return LaunchPass<T, Pass::kStride1>(p, forward, tile, operands, stream);
-  if (forward) return LaunchPass<T, Pass::kStride2>(p, forward, tile, operands, stream);
-  return LaunchPass<T, Pass::kStride2Gradient>(p, forward, tile, operands, stream);
+  switch (PassOf(p, forward)) {
+    case Pass::kStride1: return LaunchPass<T, Pass::kStride1>(p, forward, tile, operands, stream);
+    case Pass::kStride2: return LaunchPass<T, Pass::kStride2>(p, forward, tile, operands, stream);
+    case Pass::kStride2Gradient: return LaunchPass<T, Pass::kStride2Gradient>(p, forward, tile, operands, stream);
+  }
+  return false;
 }
 
 }  // namespace

@@ -27,8 +27,6 @@ namespace dwsconv::cuda {
 constexpr int kToeplitzColumns = ToeplitzTile::kColumns, kToeplitzMarchers = 16, kToeplitzWarpChannels = 4;
 constexpr int kChunk = 8;  // elements in 16 bytes
 
-enum class Pass { kStride1, kStride2, kStride2Gradient };
-
 // Numbers that follow from the pass and the size of the filter. A lane of the matrix product holds the pixels t + 4 * s
 // of a marcher, t its number among four lanes and s < kSlots: any order does, as long as both factors have it.
 template <int kK, Pass kPass>

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/correlation.h"
 #include "cuda/divisor.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
