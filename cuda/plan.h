@@ -41,11 +41,9 @@ struct ToeplitzTile {
 // threads. NCHW has vectors of one. Kernels of one row or column are for one spatial dimension, with stride 1.
 // clang-format off
 #define DWSCONV_MARCH_TILES(M) \
-  M(3, 3, 1, 4, 4) M(3, 3, 1, 7, 2) M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2) \
-  M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4) \
-  M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) \
-  M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) \
-  M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2) M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) \
+  M(3, 3, 2, 4, 2) M(3, 3, 2, 7, 2) M(3, 3, 4, 4, 2) M(3, 3, 1, 7, 2) M(3, 3, 1, 1, 4) \
+  M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) M(5, 5, 1, 7, 2) M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) \
+  M(7, 7, 2, 4, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) \
   M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) \
   M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4) \
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
@@ -54,7 +52,7 @@ struct ToeplitzTile {
 // The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
 // clang-format off
 #define DWSCONV_MARCH_PLANES_TILES(M) \
-  M(3, 4, 4) M(3, 4, 2) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4) M(7, 4, 4)
+  M(3, 4, 4) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4)
 // clang-format on
 
 // forward and grad_input of small problems (burst.cuh): a thread has `vector` channels of a tile of `columns` times
