@@ -13,12 +13,15 @@ namespace dwsconv::cuda {
 // empty. Launch errors are left for cudaGetLastError.
 bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const void* filter, void* y,
                    cudaStream_t stream);
+bool LaunchFusedForward(const Problem& p, const PassPlan& plan, const Epilogue& epilogue, const void* x,
+                        const void* filter, void* y, cudaStream_t stream);
 bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, const void* filter, void* x,
                      cudaStream_t stream);
 
-// The largest power of two, up to 16, of which both addresses are multiples.
-inline int64_t Alignment(const void* a, const void* b) {
-  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | 16;
+// The largest power of two, up to 16, of which all addresses are multiples. Null is one of everything.
+template <class... Pointers>
+int64_t Alignment(Pointers... addresses) {
+  const uintptr_t bits = (uintptr_t{16} | ... | reinterpret_cast<uintptr_t>(addresses));
   return static_cast<int64_t>(bits & (~bits + 1));
 }
 

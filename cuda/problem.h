@@ -55,6 +55,18 @@ struct Problem {
   }
 };
 
+enum class Activation : uint8_t { kNone, kRelu, kRelu6, kSilu, kGelu, kHardSwish };
+
+// What follows the sums of forward: y = activation(sum * scale + bias + residual), rounded once. Null: not there.
+struct Epilogue {
+  const void* scale = nullptr;                // (out_channels) of float, or of double where y is double
+  const void* bias = nullptr;                 // the same
+  const void* residual = nullptr;             // like y, of y's dtype
+  Activation activation = Activation::kNone;  // kGelu is the tanh form
+
+  bool empty() const { return !scale && !bias && !residual && activation == Activation::kNone; }
+};
+
 }  // namespace dwsconv
 
 #endif  // JAX_DWSCONV_CUDA_PROBLEM_H_

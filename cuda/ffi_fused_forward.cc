@@ -1,0 +1,42 @@
+#include "cuda/ffi_problem.h"
+#include "cuda/handlers.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace dwsconv::cuda {
+
+namespace ffi = xla::ffi;
+
+static ffi::Error FusedForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Dictionary attrs, ffi::AnyBuffer x,
+                                   ffi::AnyBuffer filter, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                                   ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y) {
+  const auto problem = DecodeProblem("fused_forward", attrs, x, filter, *y, /*further_attributes=*/1);
+  if (!problem) return problem.error();
+  const auto epilogue = DecodeEpilogue(*problem, attrs, scale, bias, residual, *y);
+  if (!epilogue) return epilogue.error();
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const auto device = DescribeDevice(ordinal);
+  if (!device) return device.error();
+  const void* const source = x.untyped_data();
+  void* const result = y->untyped_data();
+  const int64_t alignment = Alignment(source, result, epilogue->scale, epilogue->bias, epilogue->residual);
+  const PassPlan plan = PlanPass(*problem, /*forward=*/true, *device, alignment, ForcedTile(attrs));
+  const bool has_instance =
+      LaunchFusedForward(*problem, plan, *epilogue, source, filter.untyped_data(), result, stream);
+  return FinishLaunch("fused_forward", has_instance, stream);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedForward, FusedForwardImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Attrs()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace dwsconv::cuda
