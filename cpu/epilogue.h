@@ -16,7 +16,7 @@ DWSCONV_INLINE F32 Exp(F32 x) {
   const F32 magic = F32{} + 0x1.8p23f;  // adding it rounds to an integer n in the low bits
   const F32 shifted = x * 0x1.715476p+0f + magic;
   const F32 n = shifted - magic;
-  const F32 r = (x - n * 0x1.62e4p-1f) - n * -0x1.7f7d1cp-20f;
+  const F32 r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   F32 p = F32{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
