@@ -122,18 +122,27 @@ def _each_with_a_combination(some_cases):
     return [pytest.param(c, *rest, id=f"{c}-{'+'.join(rest[0])}-{rest[1]}") for c, rest in pairs]
 
 
-@pytest.mark.parametrize(("case", "parts", "activation"), _each_with_a_combination(cases.grid()[::2]))
+@pytest.mark.parametrize(("case", "parts", "activation"), _each_with_a_combination(cases.grid()[::3]))
 def test_grid(case, parts, activation):
     _check(case, parts, activation)
 
 
-@pytest.mark.parametrize(("case", "parts", "activation"), _each_with_a_combination(cases.usual(144, seed=5)))
+@pytest.mark.parametrize(("case", "parts", "activation"), _each_with_a_combination(cases.usual(96, seed=5)))
 def test_usual(case, parts, activation):
     _check(case, parts, activation)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("case", cases.of_dtypes(cases.DTYPES_WITH_KERNEL, cases.DTYPES_BY_CONVERSION), ids=str)
+@pytest.mark.parametrize(
+    ("case", "activation"),
+    list(
+        zip(
+            cases.of_dtypes(cases.DTYPES_WITH_KERNEL, cases.DTYPES_BY_CONVERSION),
+            itertools.cycle(("gelu", "relu6", None, "hard_swish", "silu")),
+            strict=False,
+        )
+    ),
+    ids=str,
+)
 def test_dtypes(case, activation):
     _check(case, PARTS, activation)
 
@@ -407,7 +416,7 @@ def test_auto_mode(case, carriers, divided):
 
     (g,) = meshes.place(mesh, (np.asarray(y), result_spec))
     gradients, collectives = meshes.run(functools.partial(_gradients, case), placed, g)
-    assert set(collectives) <= {"all-reduce", "all-gather"}
+    assert set(collectives) <= {"all-reduce"}
     for a, b in zip(gradients, _gradients(case, operands, np.asarray(y)), strict=True):
         numerics.assert_close(a, b, length=1000)
 
