@@ -6,21 +6,12 @@
 namespace dwsconv::cuda {
 namespace {
 
-struct BurstCall {
-  const Problem& problem;
-  bool forward;
-  const BurstTile& tile;
-  const void *source, *filter;
-  void* result;
-  cudaStream_t stream;
-};
-
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class X, class Y, Pass kPass, int kK, int kVector, int kColumns, int kRows>
-void Launch(const BurstCall& call) {
+void Launch(const PassCall& call) {
   const Problem& p = call.problem;
-  Burst m{DescribeCorrelation(p, call.forward)};
+  Burst m{DescribeCorrelation(call)};
   const auto [rows, columns] = DividedSize(m, kPass);
   const auto vectors = static_cast<uint32_t>(p.channels / kVector);
   const auto tiles = static_cast<uint32_t>(CeilDiv(columns, kColumns));
@@ -34,22 +25,22 @@ void Launch(const BurstCall& call) {
 }
 
 template <class X, class Y, Pass kPass>
-bool LaunchTile(const BurstCall& call) {
-#define DWSCONV_TRY(kK, kVector, kColumns, kRows)                                                  if constexpr (HasBurstInstance(std::is_same_v<X, Y>, kVector, kColumns, kRows)) {                  if (call.problem.kernel_h == kK && call.tile == BurstTile{kVector, kColumns, kRows}) {             Launch<X, Y, kPass, kK, kVector, kColumns, kRows>(call);                                         return true;                                                                                   }                                                                                              }
+bool LaunchTile(const PassCall& call, const BurstTile& tile) {
+#define DWSCONV_TRY(kK, kVector, kColumns, kRows)                                                  if constexpr (HasBurstInstance(std::is_same_v<X, Y>, kVector, kColumns, kRows)) {                  if (call.problem.kernel_h == kK && tile == BurstTile{kVector, kColumns, kRows}) {             Launch<X, Y, kPass, kK, kVector, kColumns, kRows>(call);                                         return true;                                                                                   }                                                                                              }
   DWSCONV_BURST_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY
   return false;
 }
 
 template <class X, class Y>
-bool LaunchFor(const BurstCall& call) {
+bool LaunchFor(const PassCall& call, const BurstTile& tile) {
   switch (PassOf(call.problem, call.forward)) {
-    case Pass::kStride1: return LaunchTile<X, Y, Pass::kStride1>(call);
+    case Pass::kStride1: return LaunchTile<X, Y, Pass::kStride1>(call, tile);
     case Pass::kStride2:  // of two types, x is the narrower one
-      if constexpr (sizeof(X) <= sizeof(Y)) return LaunchTile<X, Y, Pass::kStride2>(call);
+      if constexpr (sizeof(X) <= sizeof(Y)) return LaunchTile<X, Y, Pass::kStride2>(call, tile);
       break;
     case Pass::kStride2Gradient:
-      if constexpr (sizeof(X) >= sizeof(Y)) return LaunchTile<X, Y, Pass::kStride2Gradient>(call);
+      if constexpr (sizeof(X) >= sizeof(Y)) return LaunchTile<X, Y, Pass::kStride2Gradient>(call, tile);
       break;
   }
   return false;
@@ -57,18 +48,17 @@ bool LaunchFor(const BurstCall& call) {
 
 }  // namespace
 
-bool LaunchBurst(const Problem& p, bool forward, const BurstTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream) {
-  const BurstCall call{p, forward, tile, source, filter, result, stream};
-  const Dtype from = forward ? p.x_dtype : p.y_dtype, to = forward ? p.y_dtype : p.x_dtype;
+bool LaunchBurst(const PassCall& call, const BurstTile& tile) {
+  const Problem& p = call.problem;
+  const Dtype from = call.forward ? p.x_dtype : p.y_dtype, to = call.forward ? p.y_dtype : p.x_dtype;
   const auto is = [&](Dtype x, Dtype y) { return from == x && to == y; };
-  if (is(Dtype::kF32, Dtype::kF32)) return LaunchFor<float, float>(call);
-  if (is(Dtype::kBF16, Dtype::kBF16)) return LaunchFor<BFloat16, BFloat16>(call);
-  if (is(Dtype::kF16, Dtype::kF16)) return LaunchFor<Float16, Float16>(call);
-  if (is(Dtype::kBF16, Dtype::kF32)) return LaunchFor<BFloat16, float>(call);
-  if (is(Dtype::kF16, Dtype::kF32)) return LaunchFor<Float16, float>(call);
-  if (is(Dtype::kF32, Dtype::kBF16)) return LaunchFor<float, BFloat16>(call);
-  return is(Dtype::kF32, Dtype::kF16) && LaunchFor<float, Float16>(call);
+  if (is(Dtype::kF32, Dtype::kF32)) return LaunchFor<float, float>(call, tile);
+  if (is(Dtype::kBF16, Dtype::kBF16)) return LaunchFor<BFloat16, BFloat16>(call, tile);
+  if (is(Dtype::kF16, Dtype::kF16)) return LaunchFor<Float16, Float16>(call, tile);
+  if (is(Dtype::kBF16, Dtype::kF32)) return LaunchFor<BFloat16, float>(call, tile);
+  if (is(Dtype::kF16, Dtype::kF32)) return LaunchFor<Float16, float>(call, tile);
+  if (is(Dtype::kF32, Dtype::kBF16)) return LaunchFor<float, BFloat16>(call, tile);
+  return is(Dtype::kF32, Dtype::kF16) && LaunchFor<float, Float16>(call, tile);
 }
 
 }  // namespace dwsconv::cuda

@@ -4,6 +4,7 @@
 #define JAX_DWSCONV_CUDA_BURST_CUH_
 
 #include "cuda/burst.h"
+#include "cuda/epilogue.cuh"
 #include "cuda/filter_taps.cuh"
 #include "cuda/row.cuh"
 
@@ -76,16 +77,17 @@ __global__ void __launch_bounds__(kBurstThreads)
     }
   }
 
-  Y* out = result + image * m.result.step.n + channel * m.result.step.c;
+  const int64_t out = image * m.result.step.n + channel * m.result.step.c;
   const int out_row = Row::FirstWritten(strip, m.pad_top), out_column = Column::FirstWritten(tile, m.pad_left);
 #pragma unroll
   for (int h = 0; h < Row::kWritten; ++h) {
     if (static_cast<unsigned>(out_row + h) >= static_cast<unsigned>(m.result.h)) continue;
-    Y* row = out + (out_row + h) * m.result.step.h;
+    const int64_t row = out + (out_row + h) * m.result.step.h;
 #pragma unroll
     for (int w = 0; w < Column::kWritten; ++w) {
       if (static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w)) {
-        StoreVector(row + (out_column + w) * m.result.step.w, sums[h][w]);
+        const int64_t offset = row + (out_column + w) * m.result.step.w;
+        StoreResults<Along::kChannels>(m.epilogue, result, offset, channel, sums[h][w]);
       }
     }
   }

@@ -19,9 +19,8 @@ struct Burst : Correlation {
   bool channels_last;
 };
 
-// forward, else grad_input. Returns false where there is no instance for the dtypes.
-bool LaunchBurst(const Problem& p, bool forward, const BurstTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream);
+// Returns false where there is no instance for the dtypes.
+bool LaunchBurst(const PassCall& call, const BurstTile& tile);
 
 }  // namespace dwsconv::cuda
 

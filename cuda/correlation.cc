@@ -6,7 +6,9 @@ Grid InputGrid(const Problem& p) { return {static_cast<int>(p.in_h), static_cast
 
 Grid OutputGrid(const Problem& p) { return {static_cast<int>(p.out_h), static_cast<int>(p.out_w), p.y}; }
 
-Correlation DescribeCorrelation(const Problem& p, bool forward) {
+Correlation DescribeCorrelation(const PassCall& call) {
+  const Problem& p = call.problem;
+  const bool forward = call.forward;
   Correlation c{};
   c.source = forward ? InputGrid(p) : OutputGrid(p);
   c.result = forward ? OutputGrid(p) : InputGrid(p);
@@ -16,6 +18,7 @@ Correlation DescribeCorrelation(const Problem& p, bool forward) {
   c.mirrored = PassOf(p, forward) == Pass::kStride1 && !forward;
   c.pad_top = static_cast<int>(c.mirrored ? p.kernel_h - 1 - p.pad_top : p.pad_top);
   c.pad_left = static_cast<int>(c.mirrored ? p.kernel_w - 1 - p.pad_left : p.pad_left);
+  c.epilogue = DescribeEpilogue(call.epilogue);
   return c;
 }
 

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/epilogue.h"
+#include "cuda/kernels.h"
 #include "cuda/problem.h"
 
 namespace dwsconv::cuda {
@@ -32,9 +34,10 @@ struct Correlation {
   int64_t images_per_group;  // 0: one filter for all images
   int pad_top, pad_left;
   bool filter_is_float, mirrored;
+  FusedEpilogue epilogue;
 };
 
-Correlation DescribeCorrelation(const Problem& p, bool forward);
+Correlation DescribeCorrelation(const PassCall& call);
 
 // Rows and columns of the result that are divided among threads. In the input gradient of stride 2 they are pairs, in
 // coordinates that include the padding: there the parity of a position decides which taps it has.

@@ -8,9 +8,10 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward) {
-  March m{DescribeCorrelation(p, forward)};
-  const auto [rows, columns] = DividedSize(m, PassOf(p, forward));
+March DescribeMarch(const PassCall& call, const MarchTile& tile) {
+  const Problem& p = call.problem;
+  March m{DescribeCorrelation(call)};
+  const auto [rows, columns] = DividedSize(m, PassOf(p, call.forward));
   const uint32_t vectors = static_cast<uint32_t>(p.channels / tile.vector);
   const auto lanes = static_cast<uint32_t>(ChannelLanes(p, tile.vector));
   m.lanes = Divisor(lanes);
@@ -22,19 +23,9 @@ March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward) {
   return m;
 }
 
-bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream) {
-  const MarchCall call{DescribeMarch(p, tile, forward),
-                       tile,
-                       static_cast<int>(p.kernel_h),
-                       static_cast<int>(p.kernel_w),
-                       forward ? p.x_dtype : p.y_dtype,
-                       forward ? p.y_dtype : p.x_dtype,
-                       source,
-                       filter,
-                       result,
-                       stream};
-  switch (PassOf(p, forward)) {
+bool LaunchMarch(const PassCall& pass, const MarchTile& tile) {
+  const MarchCall call{pass, DescribeMarch(pass, tile), tile};
+  switch (PassOf(pass.problem, pass.forward)) {
     case Pass::kStride1: return LaunchMarchStride1(call);
     case Pass::kStride2: return LaunchMarchStride2Forward(call);
     case Pass::kStride2Gradient: return LaunchMarchStride2Gradient(call);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/filter_taps.cuh"
 #include "cuda/march.h"
 #include "cuda/row.cuh"
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(kMarchThreads)
         if (row - begin >= kH - 1) {
 #pragma unroll
           for (int b = 0; b < kTile; ++b) {
-            if (b < columns_left) StoreVector(out + b * pixel, sums[kLast][b]);
+            if (b >= columns_left) continue;
+            StoreResults<Along::kChannels>(m.epilogue, result, out - result + b * pixel, t.channel, sums[kLast][b]);
           }
           out += m.result.step.h;
         }

@@ -21,21 +21,15 @@ struct March : Correlation {
 
 // What a launch needs besides the kernel.
 struct MarchCall {
+  const PassCall& pass;
   March march;
   MarchTile tile;
-  int kernel_h, kernel_w;
-  Dtype source_dtype, result_dtype;
-  const void *source, *filter;
-  void* result;
-  cudaStream_t stream;
 };
 
-// What the tile makes of the problem: forward, else grad_input.
-March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward);
+March DescribeMarch(const PassCall& call, const MarchTile& tile);
 
-// forward, else grad_input. Returns false where there is no instance for the dtypes.
-bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream);
+// Returns false where there is no instance for the dtypes.
+bool LaunchMarch(const PassCall& call, const MarchTile& tile);
 
 // Their kernels are in files of their own: it is most of what there is to compile.
 bool LaunchMarchStride1(const MarchCall& call);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMarchThreads)
           float done[kTile];
 #pragma unroll
           for (int b = 0; b < kTile; ++b) done[b] = sums[kK - 1][b][0];
-          StoreVector(out, done);
+          StoreResults<Along::kPositions>(m.march.epilogue, result, out - result, t.channel, done);
         }
         out += m.march.result.step.h;
       }

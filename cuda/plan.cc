@@ -163,7 +163,7 @@ bool ToeplitzApplies(const Problem& p, bool forward, const Device& device, int64
   const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
   const bool sizes_fit = p.x_elements() < 4 * kMost && p.y_elements() < 4 * kMost && p.filter_elements() < kMost &&
                          std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
-  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.groups == 1 && half_types &&
+  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual && half_types &&
          usual_window && pads_fit && sizes_fit && p.channels % 8 == 0 && alignment % 16 == 0 &&
          ToeplitzKernelSize(p, forward) != 0;
 }

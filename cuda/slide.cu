@@ -4,15 +4,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-struct SlideCall {
-  const Problem& problem;
-  bool forward;
-  const SlideTile& tile;
-  const void *source, *filter;
-  void* result;
-  cudaStream_t stream;
-};
-
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The axis of the height, else that of the width.
@@ -33,7 +24,9 @@ SlideAxis AxisOf(const Problem& p, bool forward, bool height) {
   return a;
 }
 
-Slide Describe(const Problem& p, bool forward, const SlideTile& tile) {
+Slide Describe(const PassCall& call, const SlideTile& tile) {
+  const Problem& p = call.problem;
+  const bool forward = call.forward;
   Slide m{};
   m.slide = AxisOf(p, forward, tile.along_height);
   m.fixed = AxisOf(p, forward, !tile.along_height);
@@ -48,6 +41,7 @@ Slide Describe(const Problem& p, bool forward, const SlideTile& tile) {
   m.filter_n = p.filter.n;
   m.filter_c = p.filter.c;
   m.images_per_group = p.groups == 1 ? 0 : p.images_per_group();
+  m.epilogue = DescribeEpilogue(call.epilogue);
   m.phases = static_cast<int>(SlidePhases(m.slide.stride, m.slide.dilation, forward));
   const int64_t of_phase = CeilDiv(m.slide.result, m.phases);
   const auto vectors = static_cast<uint32_t>((forward ? p.out_channels() : p.channels) / tile.vector);
@@ -60,9 +54,9 @@ Slide Describe(const Problem& p, bool forward, const SlideTile& tile) {
 }
 
 template <class S, class F, class R, int kVector>
-void Launch(const SlideCall& call) {
+void Launch(const PassCall& call, const SlideTile& tile) {
   constexpr int64_t kMostImages = 65535;
-  const Slide m = Describe(call.problem, call.forward, call.tile);
+  const Slide m = Describe(call, tile);
   const dim3 blocks((m.threads + kSlideThreads - 1) / kSlideThreads,
                     static_cast<unsigned>(m.images < kMostImages ? m.images : kMostImages));
   SlideKernel<S, F, R, kVector, SlideTile::kResults><<<blocks, kSlideThreads, 0, call.stream>>>(
@@ -70,26 +64,24 @@ void Launch(const SlideCall& call) {
 }
 
 template <class S, class F, class R>
-bool LaunchFor(const SlideCall& call) {
-  switch (call.tile.vector) {
-    case 1: Launch<S, F, R, 1>(call); return true;
-    case 2: Launch<S, F, R, 2>(call); return true;
-    case 4: Launch<S, F, R, 4>(call); return true;
+bool LaunchFor(const PassCall& call, const SlideTile& tile) {
+  switch (tile.vector) {
+    case 1: Launch<S, F, R, 1>(call, tile); return true;
+    case 2: Launch<S, F, R, 2>(call, tile); return true;
+    case 4: Launch<S, F, R, 4>(call, tile); return true;
     default: return false;
   }
 }
 
 }  // namespace
 
-bool LaunchSlide(const Problem& p, bool forward, const SlideTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream) {
-  const SlideCall call{p, forward, tile, source, filter, result, stream};
+bool LaunchSlide(const PassCall& call, const SlideTile& tile) {
   bool launched = false;
-  WithDtypes(p, [&](auto x, auto f, auto y) {
+  WithDtypes(call.problem, [&](auto x, auto f, auto y) {
     using X = typename decltype(x)::type;
     using F = typename decltype(f)::type;
     using Y = typename decltype(y)::type;
-    launched = forward ? LaunchFor<X, F, Y>(call) : LaunchFor<Y, F, X>(call);
+    launched = call.forward ? LaunchFor<X, F, Y>(call, tile) : LaunchFor<Y, F, X>(call, tile);
   });
   return launched;
 }

@@ -4,6 +4,7 @@
 #ifndef JAX_DWSCONV_CUDA_SLIDE_CUH_
 #define JAX_DWSCONV_CUDA_SLIDE_CUH_
 
+#include "cuda/epilogue.cuh"
 #include "cuda/row.cuh"
 #include "cuda/slide.h"
 
@@ -115,11 +116,12 @@ __global__ void __launch_bounds__(kSlideThreads)
         }
       }
     }
-    R* out = result + image * m.result_n + channel * m.result_c + fixed * m.fixed.result_step;
+    const int64_t out = image * m.result_n + channel * m.result_c + fixed * m.fixed.result_step;
 #pragma unroll
     for (int q = 0; q < kTile; ++q) {
       const int at = first + q * m.phases;
-      if (at < m.slide.result) StoreVector(out + at * m.slide.result_step, sums[q]);
+      if (at >= m.slide.result) continue;
+      StoreResults<Along::kChannels>(m.epilogue, result, out + at * m.slide.result_step, channel, sums[q]);
     }
   }
 }

@@ -5,6 +5,8 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/divisor.h"
+#include "cuda/epilogue.h"
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
 
@@ -29,11 +31,11 @@ struct Slide {
   int64_t images;
   int64_t source_n, source_c, result_n, result_c, filter_n, filter_c;
   int64_t images_per_group;  // 0: one filter for all images
+  FusedEpilogue epilogue;
 };
 
-// forward, else grad_input. Returns false where there is no instance for the dtypes.
-bool LaunchSlide(const Problem& p, bool forward, const SlideTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream);
+// Returns false where there is no instance for the dtypes.
+bool LaunchSlide(const PassCall& call, const SlideTile& tile);
 
 }  // namespace dwsconv::cuda
 
