@@ -477,6 +477,24 @@ def test_shard_map(outer, manual):
         numerics.assert_close(a, b, length=1000)
 
 
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "bad"),
+    [
+        ("scale", np.ones(4, np.float32)),
+        ("bias", np.ones(5, np.float16)),
+        ("residual", np.ones((2, 7, 8, 5), np.float32)),
+        ("residual", np.ones((2, 7, 9, 5), np.float16)),
+    ],
+)
+def test_bad_operands(part, bad):
+    others = {**_others(Case()), part: bad}
+    with pytest.raises(ValueError, match=rf"fused_forward: {part} must have shape \(.*5,?\) and dtype float32, got"):
+        _run(Case(), *Case().operands("forward"), others, None)
+
+
 # The handler ----------------------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {
