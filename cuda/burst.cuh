@@ -54,8 +54,13 @@ __global__ void __launch_bounds__(kBurstThreads)
   for (int r = 0; r < Row::kRead; ++r) LoadRow(m.source, pixels, first_row + r, first_column, inside, read[r]);
   float taps[kK][kK][kVector];
   LoadFilter<Narrower<X, Y>>(m, image, channel, filter, taps);
+  float bias[kVector];
+  LoadBias(m.epilogue, channel, bias);
+  ScaleTaps(m.epilogue, channel, taps);
 
-  float sums[Row::kWritten][Column::kWritten][kVector] = {};
+  float sums[Row::kWritten][Column::kWritten][kVector];
+#pragma unroll
+  for (auto& row : sums) Start(bias, row);
 #pragma unroll
   for (int r = 0; r < Row::kRead; ++r) {
     float in[Column::kRead][kVector];
@@ -87,7 +92,7 @@ __global__ void __launch_bounds__(kBurstThreads)
     for (int w = 0; w < Column::kWritten; ++w) {
       if (static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w)) {
         const int64_t offset = row + (out_column + w) * m.result.step.w;
-        StoreResults<Along::kChannels>(m.epilogue, result, offset, channel, sums[h][w]);
+        StoreResults(m.epilogue, result, offset, sums[h][w]);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Scale, bias, residual and activation of neighbouring results, and their store.
+// Scale, bias, residual and activation of results, and their store.
 #ifndef JAX_DWSCONV_CUDA_EPILOGUE_CUH_
 #define JAX_DWSCONV_CUDA_EPILOGUE_CUH_
 
@@ -8,20 +8,39 @@
 namespace dwsconv::cuda {
 
 __device__ __forceinline__ float Clamp(float x, float low, float high) {  // a NaN stays
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+  return x;
+#else
   x = x < low ? low : x;
   return x > high ? high : x;
+#endif
 }
 
-template <int kCount>
+// x / (1 + e^-t). For results of 16 bits the faster exponential function is exact enough.
+template <class Y>
+__device__ __forceinline__ float TimesSigmoid(float x, float t) {
+  return __fdividef(x, 1 + (sizeof(Y) == 2 ? __expf(-t) : expf(-t)));
+}
+
+// Y: what the results are rounded to.
+template <class Y, int kCount>
 __device__ __forceinline__ void Activate(const FusedEpilogue& e, float (&values)[kCount]) {
   switch (e.kind) {
+    case FusedEpilogue::Kind::kNone: break;
     case FusedEpilogue::Kind::kClamp:
 #pragma unroll
       for (float& x : values) x = Clamp(x, e.low, e.high);
       break;
-    case FusedEpilogue::Kind::kSmooth:
+    case FusedEpilogue::Kind::kSilu:
 #pragma unroll
-      for (float& x : values) x = __fdividef(x, 1 + expf(-x * fmaf(e.cubic, x * x, e.linear)));
+      for (float& x : values) x = TimesSigmoid<Y>(x, x);
+      break;
+    case FusedEpilogue::Kind::kGelu:
+      // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
+#pragma unroll
+      for (float& x : values) x = TimesSigmoid<Y>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f));
       break;
     case FusedEpilogue::Kind::kHardSwish:
 #pragma unroll
@@ -30,43 +49,58 @@ __device__ __forceinline__ void Activate(const FusedEpilogue& e, float (&values)
   }
 }
 
-// How neighbouring values lie: along the channels, or all in one.
-enum class Along { kChannels, kPositions };
+// Scale and bias of kCount neighbouring channels.
+template <int kCount>
+__device__ __forceinline__ void LoadScale(const FusedEpilogue& e, int channel, float (&scale)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) scale[v] = e.scale == nullptr ? 1 : e.scale[channel + v];
+}
+template <int kCount>
+__device__ __forceinline__ void LoadBias(const FusedEpilogue& e, int channel, float (&bias)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) bias[v] = e.bias == nullptr ? 0 : e.bias[channel + v];
+}
 
-template <Along kAlong, int kCount>
-__device__ __forceinline__ void ScaleAndShift(const FusedEpilogue& e, int channel, float (&values)[kCount]) {
-  constexpr int kStep = kAlong == Along::kChannels;
-  if (e.scale != nullptr) {
+// The taps take in the scale, and the sums start at the bias: so the loop over the taps does what they ask for.
+template <int kH, int kW, int kVector>
+__device__ __forceinline__ void ScaleTaps(const FusedEpilogue& e, int channel, float (&taps)[kH][kW][kVector]) {
+  if (e.scale == nullptr) return;
+  float scale[kVector];
+  LoadScale(e, channel, scale);
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) values[v] *= e.scale[channel + v * kStep];
+  for (int i = 0; i < kH; ++i) {
+#pragma unroll
+    for (int j = 0; j < kW; ++j) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) taps[i][j][v] *= scale[v];
+    }
   }
-  if (e.bias != nullptr) {
+}
+template <int kTile, int kVector>
+__device__ __forceinline__ void Start(const float (&bias)[kVector], float (&sums)[kTile][kVector]) {
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) values[v] += e.bias[channel + v * kStep];
+  for (int b = 0; b < kTile; ++b) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) sums[b][v] = bias[v];
   }
 }
 
-// Stores neighbouring results, of which the first belongs to `channel`, at `result` + `offset`.
-template <Along kAlong, class Y, int kCount>
-__device__ __forceinline__ void StoreResults(const FusedEpilogue& e, Y* result, int64_t offset, int channel,
+// Stores neighbouring results, which have their scale and bias, at `result` + `offset`.
+template <class Y, int kCount>
+__device__ __forceinline__ void StoreResults(const FusedEpilogue& e, Y* result, int64_t offset,
                                              const float (&sums)[kCount]) {
   float values[kCount];
 #pragma unroll
   for (int v = 0; v < kCount; ++v) values[v] = sums[v];
-  if (e.present) {
-    ScaleAndShift<kAlong>(e, channel, values);
-    if (e.residual != nullptr) {
-      const Y* residual = static_cast<const Y*>(e.residual) + offset;
-      float added[kCount];
-      reinterpret_cast<const Packed<Y, kCount>*>(residual)->Unpack(added);
+  if (e.residual != nullptr) {
+    const Y* residual = static_cast<const Y*>(e.residual) + offset;
+    float added[kCount];
+    reinterpret_cast<const Packed<Y, kCount>*>(residual)->Unpack(added);
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) values[v] += added[v];
-    }
-    Activate(e, values);
+    for (int v = 0; v < kCount; ++v) values[v] += added[v];
   }
-  Packed<Y, kCount> packed;
-  packed.Pack(values);
-  *reinterpret_cast<Packed<Y, kCount>*>(result + offset) = packed;
+  Activate<Y>(e, values);
+  StoreVector(result + offset, values);
 }
 
 }  // namespace dwsconv::cuda

@@ -6,16 +6,11 @@
 
 namespace dwsconv::cuda {
 
-// Activations of a kind differ in their constants.
+// relu and relu6 clamp to [low, high].
 struct FusedEpilogue {
-  enum class Kind : uint8_t {
-    kClamp,      // to [low, high]
-    kSmooth,     // x / (1 + exp(-x * (linear + cubic * x^2)))
-    kHardSwish,  // x * clamp(x + 3, 0, 6) / 6
-  };
-  bool present;
+  enum class Kind : uint8_t { kNone, kClamp, kSilu, kGelu, kHardSwish };
   Kind kind;
-  float low, high, linear, cubic;
+  float low, high;
   const float *scale, *bias;
   const void* residual;
 };

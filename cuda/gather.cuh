@@ -82,8 +82,11 @@ __global__ void GatherKernel(const __grid_constant__ Problem p, const __grid_con
   for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
     if constexpr (kForward) {
       const Position at = Locate<Index>(i, p.channels_last, p.out_h, p.out_w, p.out_channels());
-      const float sum[] = {GatherForward(p, source, filter, at)};
-      StoreResults<Along::kChannels>(epilogue, result, i, static_cast<int>(at.c), sum);
+      float scale[1], bias[1];
+      LoadScale(epilogue, static_cast<int>(at.c), scale);
+      LoadBias(epilogue, static_cast<int>(at.c), bias);
+      const float value[] = {fmaf(GatherForward(p, source, filter, at), scale[0], bias[0])};
+      StoreResults(epilogue, result, i, value);
     } else {
       const Position at = Locate<Index>(i, p.channels_last, p.in_h, p.in_w, p.channels);
       result[i] = FromFloat<R>(GatherGradInput(p, source, filter, at));

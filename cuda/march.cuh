@@ -91,8 +91,12 @@ __global__ void __launch_bounds__(kMarchThreads)
   for (int a = 0; a < kAhead; ++a) LoadRow(m.source, image, begin + a, first_column, inside, ahead[a]);
   float taps[kH][kW][kVector];
   LoadFilter<Narrower<X, Y>>(m, t.image, t.channel, filter, taps);
+  ScaleTaps(m.epilogue, t.channel, taps);
+  float bias[kVector];
+  LoadBias(m.epilogue, t.channel, bias);
 
   float sums[kLast + 1][kTile][kVector] = {};
+  Start(bias, sums[0]);
   for (int row = begin; row < end;) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u, ++row) {
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kMarchThreads)
 #pragma unroll
           for (int b = 0; b < kTile; ++b) {
             if (b >= columns_left) continue;
-            StoreResults<Along::kChannels>(m.epilogue, result, out - result + b * pixel, t.channel, sums[kLast][b]);
+            StoreResults(m.epilogue, result, out - result + b * pixel, sums[kLast][b]);
           }
           out += m.result.step.h;
         }
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(kMarchThreads)
           Copy(sums[i], sums[i + 1]);
           AddTaps<kS>(in, taps[i], sums[i + 1]);
         }
-        Clear(sums[0]);
+        Start(bias, sums[0]);
       } else if (u % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < kLast; ++i) AddTaps<kS>(in, taps[2 * i], sums[i]);
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kMarchThreads)
           Copy(sums[i], sums[i + 1]);
           AddTaps<kS>(in, taps[2 * i + 1], sums[i + 1]);
         }
-        Clear(sums[0]);
+        Start(bias, sums[0]);
       }
     }
   }

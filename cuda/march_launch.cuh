@@ -30,11 +30,9 @@ bool WithMarchTile(const MarchCall& call, const Visit& visit) {
   return false;
 }
 
-// Which of the tiles are compiled for a source of type S and a result of type R: mixed types have those that most
-// layers take.
-template <class S, class R>
-constexpr bool HasMarchInstance(int kernel_h, int kernel_w, int vector, int columns) {
-  return std::is_same_v<S, R> || (kernel_h == kernel_w && vector * columns >= 4);
+template <class S, class R, int kStride>
+constexpr bool HasInstance(int kernel_h, int kernel_w, int vector, int columns) {
+  return HasMarchInstance(std::is_same_v<S, R>, std::is_same_v<S, float>, kStride, kernel_h, kernel_w, vector, columns);
 }
 
 template <class S, class R>

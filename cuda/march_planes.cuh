@@ -66,8 +66,12 @@ __global__ void __launch_bounds__(kMarchThreads)
   for (int a = 0; a < kAhead; ++a) ahead[a] = load(a);
   float taps[kK][kK][1];
   LoadFilter<T>(m.march, t.image, t.channel, filter, taps);
+  ScaleTaps(m.march.epilogue, t.channel, taps);
+  float bias[1];
+  LoadBias(m.march.epilogue, t.channel, bias);
 
   float sums[kK][kTile][1] = {};
+  Start(bias, sums[0]);
   for (int step = 0; step < steps;) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u, ++step) {
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(kMarchThreads)
           float done[kTile];
 #pragma unroll
           for (int b = 0; b < kTile; ++b) done[b] = sums[kK - 1][b][0];
-          StoreResults<Along::kPositions>(m.march.epilogue, result, out - result, t.channel, done);
+          StoreResults(m.march.epilogue, result, out - result, done);
         }
         out += m.march.result.step.h;
       }
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(kMarchThreads)
         Copy(sums[i], sums[i + 1]);
         AddTaps<1>(in, taps[i], sums[i + 1]);
       }
-      Clear(sums[0]);
+      Start(bias, sums[0]);
     }
   }
 }

@@ -8,7 +8,7 @@ bool LaunchMarchStride1(const MarchCall& call) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
     return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
-      constexpr bool kHas = HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      constexpr bool kHas = HasInstance<S, R, 1>(h.value, w.value, vector.value, columns.value);
       if constexpr (kHas) {
         LaunchMarchKernel(MarchKernel<S, R, h.value, w.value, 1, vector.value, columns.value, ahead.value>, call);
       }

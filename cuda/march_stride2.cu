@@ -7,7 +7,7 @@ bool LaunchMarchStride2Forward(const MarchCall& call) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
     return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
-      constexpr bool kHas = h.value == w.value && HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      constexpr bool kHas = HasInstance<S, R, 2>(h.value, w.value, vector.value, columns.value);
       if constexpr (kHas) {
         LaunchMarchKernel(MarchKernel<S, R, h.value, w.value, 2, vector.value, columns.value, ahead.value>, call);
       }
@@ -26,7 +26,7 @@ bool LaunchMarchStride2Gradient(const MarchCall& call) {
     using S = typename decltype(source)::type;
     using R = typename decltype(result)::type;
     return WithMarchTile(call, [&](auto h, auto w, auto vector, auto columns, auto ahead) {
-      constexpr bool kHas = h.value == w.value && HasMarchInstance<S, R>(h.value, w.value, vector.value, columns.value);
+      constexpr bool kHas = HasInstance<S, R, 2>(h.value, w.value, vector.value, columns.value);
       if constexpr (kHas) {
         LaunchMarchKernel(MarchStride2GradientKernel<S, R, h.value, vector.value, columns.value, ahead.value>, call);
       }

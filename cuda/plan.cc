@@ -194,7 +194,7 @@ double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& ti
   const double shared = (m.doubles ? 4 : 3) * source_rows * segments * units * marcher_pixels * pixel_bytes +
                         2 * result_rows * kMarchers * kColumns * pixel_bytes + std::ceil(loads / 2) * 2 * threads * 16 +
                         kMarchers * 28 + k * k * pixel_bytes;
-  if (shared > device.most_shared_memory) return std::numeric_limits<double>::infinity();
+  if (shared + 8 * tile.channels > device.most_shared_memory) return std::numeric_limits<double>::infinity();
   const double registers = m.doubles ? 56 + 20 * k : k == 3 ? 128 : stride_2 ? 67 + 21.5 * k : 55 + 27 * k;
   const double resident = std::clamp(
       std::floor(std::min(kRegisters / (registers * threads), device.shared_memory / (shared + 1024))), 1.0, 16.0);
@@ -243,7 +243,8 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
     const int64_t widest = tile.vector * std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
     if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
         alignment % widest != 0 || !SuitsLayout(p, tile.vector, tile.columns) ||
-        (m.source_bytes != m.result_bytes && (p.kernel_h != p.kernel_w || tile.vector * tile.columns < 4))) {
+        !HasMarchInstance(m.source_bytes == m.result_bytes, m.source_bytes == 4, static_cast<int>(m.stride),
+                          instance.kernel_h, instance.kernel_w, tile.vector, tile.columns)) {
       continue;
     }
     ForStripRows(m.rows, [&](int rows) {

@@ -49,6 +49,14 @@ struct ToeplitzTile {
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 // clang-format on
 
+// Mixed types have the tiles that most layers take. Those of stride 2 that would not fit into the registers are left out.
+constexpr bool HasMarchInstance(bool one_type, bool source_is_float, int stride, int kernel_h, int kernel_w, int vector,
+                                int columns) {
+  const bool usual = kernel_h == kernel_w && vector * columns >= 4;
+  const bool too_large = stride == 2 && source_is_float && (vector * columns == 16 || kernel_h * vector == 14);
+  return (one_type || usual) && (stride == 1 || kernel_h == kernel_w) && !too_large;
+}
+
 // The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
 // clang-format off
 #define DWSCONV_MARCH_PLANES_TILES(M) \

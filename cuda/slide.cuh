@@ -116,12 +116,17 @@ __global__ void __launch_bounds__(kSlideThreads)
         }
       }
     }
+    float scale[kVector], bias[kVector];
+    LoadScale(m.epilogue, channel, scale);
+    LoadBias(m.epilogue, channel, bias);
     const int64_t out = image * m.result_n + channel * m.result_c + fixed * m.fixed.result_step;
 #pragma unroll
     for (int q = 0; q < kTile; ++q) {
       const int at = first + q * m.phases;
       if (at >= m.slide.result) continue;
-      StoreResults<Along::kChannels>(m.epilogue, result, out + at * m.slide.result_step, channel, sums[q]);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) sums[q][v] = fmaf(sums[q][v], scale[v], bias[v]);
+      StoreResults(m.epilogue, result, out + at * m.slide.result_step, sums[q]);
     }
   }
 }

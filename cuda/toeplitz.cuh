@@ -144,10 +144,11 @@ __device__ __noinline__ void Repair(const Toeplitz& m, const Segment* segments, 
       if (value == value) continue;
       float result[] = {ResultAlone<T, S::kGradient2>(m, source, filter, place.image, place.result_row + row, column,
                                                       channel + c, S::kStride)};
-      if (m.epilogue.present) {
-        ScaleAndShift<Along::kChannels>(m.epilogue, channel + c, result);
-        Activate(m.epilogue, result);
-      }
+      float scale[1], bias[1];
+      LoadScale(m.epilogue, channel + c, scale);
+      LoadBias(m.epilogue, channel + c, bias);
+      result[0] = fmaf(result[0], scale[0], bias[0]);
+      Activate<T>(m.epilogue, result);
       values[c] = FromFloat<T>(result[0]);
     }
   }
@@ -164,14 +165,15 @@ struct ToeplitzMemory {
   static constexpr int kPitch = kBlock * 2;  // bytes per pixel
   static constexpr int kResultRow = kToeplitzMarchers * kToeplitzColumns * kPitch;
 
-  int row, results, tasks, segments, taps, end;
+  int row, results, tasks, segments, scale_and_bias, taps, end;
 
   __host__ __device__ explicit ToeplitzMemory(const Toeplitz& m) {
     row = m.segments * m.pitch * kPitch;
     results = S::kStages * S::kSourceRows * row;
     tasks = results + 2 * S::kResultRows * kResultRow;
     segments = tasks + (Loads(m) + 1) / 2 * 2 * kThreads * static_cast<int>(sizeof(CopyTask));
-    taps = segments + kToeplitzMarchers * static_cast<int>(sizeof(Segment));
+    scale_and_bias = segments + kToeplitzMarchers * static_cast<int>(sizeof(Segment));
+    taps = scale_and_bias + 2 * kBlock * static_cast<int>(sizeof(float));
     end = taps + m.kernel_h * static_cast<int>(m.kernel_w.value) * kPitch;
   }
   __host__ __device__ static int Loads(const Toeplitz& m) {
@@ -221,6 +223,18 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
   if (threadIdx.x < kToeplitzMarchers) {
     segments[threadIdx.x] = LocateSegment<S>(m, threadIdx.x);
   }
+  float* const block_scale = reinterpret_cast<float*>(shared + memory.scale_and_bias);
+  if (threadIdx.x < kBlock) {
+    const bool exists = first_channel + static_cast<int>(threadIdx.x) < m.channels;
+    float scale[1] = {}, bias[1] = {};
+    if (exists) {
+      LoadScale(m.epilogue, first_channel + threadIdx.x, scale);
+      LoadBias(m.epilogue, first_channel + threadIdx.x, bias);
+    }
+    block_scale[threadIdx.x] = scale[0];
+    block_scale[kBlock + threadIdx.x] = bias[0];
+  }
+  const float* const scale_and_bias = block_scale + warp * kChannels;
   __syncthreads();
 
   // The copies of this thread.
@@ -373,13 +387,19 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
       const int result_step = step - S::kLead;
       unsigned char* const to = shared + stage_to + ((step & 1) * S::kResultRows + u) * Memory::kResultRow;
       float total = 0;
+      float scale[kChannels], bias[kChannels];
+      if constexpr (!S::kGradient2) {
+        *reinterpret_cast<float4*>(scale) = *reinterpret_cast<const float4*>(scale_and_bias);
+        *reinterpret_cast<float4*>(bias) = *reinterpret_cast<const float4*>(scale_and_bias + kBlock);
+      }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         float values[kChannels] = {done[0][n], done[1][n], done[2][n], done[3][n]};
         total += (values[0] + values[1]) + (values[2] + values[3]);
-        if (!S::kGradient2 && m.epilogue.present && channel < m.channels) {
-          ScaleAndShift<Along::kChannels>(m.epilogue, channel, values);
-          Activate(m.epilogue, values);
+        if constexpr (!S::kGradient2) {
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) values[c] = fmaf(values[c], scale[c], bias[c]);
+          Activate<T>(m.epilogue, values);
         }
         Packed<T, kChannels> packed;
         packed.Pack(values);
