@@ -1,4 +1,3 @@
-# ruff: noqa: E402  (the examples are no package: their folder goes on the path first)
 import collections
 import functools
 import sys
@@ -141,7 +140,7 @@ def test_state_of_one_loads_in_the_other(kind):
 @pytest.mark.parametrize("conv", ["ours", "flax"])
 def test_bfloat16_computes_in_bfloat16(kind, conv):
     graphdef, state = nnx.split(tiny(kind, conv, jnp.bfloat16))
-    jaxpr = jax.make_jaxpr(lambda x: nnx.merge(graphdef, state)(x))(jnp.zeros((2, 20, 20, 3)))
+    jaxpr = jax.make_jaxpr(nnx.merge(graphdef, state))(jnp.zeros((2, 20, 20, 3)))
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
     heavy = [e for e in jaxpr.eqns if e.primitive.name in ("conv_general_dilated", "dot_general", "dwsconv_forward")]
     assert len(heavy) > 4
