@@ -72,12 +72,16 @@ class Crops:
         return Batch(images, labels)
 
 
+def data_folder() -> Path:
+    """Where the installed scikit-image has its pictures."""
+    return Path(str(importlib.resources.files("skimage"))) / "data"
+
+
 def load_parts(task: str, size: int) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
     """The classes' names, and the parts of the pictures to train on and to hold out, (H, W, 3) uint8."""
-    folder = Path(str(importlib.resources.files("skimage"))) / "data"
     names, training, held_out = [], [], []
     for name in TASKS[task]:
-        picture = np.asarray(Image.open(folder / name).convert("RGB"))
+        picture = np.asarray(Image.open(data_folder() / name).convert("RGB"))
         width = picture.shape[1] - max(size, round(HELD_OUT * picture.shape[1]))
         names.append(Path(name).stem)
         training.append(picture[:, :width])

@@ -209,14 +209,15 @@ class Run:
         )
 
     def _compile(self, model: Any) -> tuple[State, Any, Any]:
+        options = self.options
         schedule = optax.warmup_cosine_decay_schedule(
-            0, self.options.learning_rate, math.ceil(WARMUP * self.options.steps), self.options.steps
+            0, options.learning_rate, math.ceil(WARMUP * options.steps), options.steps + 1
         )
         optimizer = optax.chain(
             optax.clip_by_global_norm(LARGEST_GRADIENT), optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
         )
         state = jax.device_put(create_state(model, optimizer), self.divided.state)
-        step = self.divided.jit(train_step(model, optimizer, self.options.seed), donate_argnums=0)
+        step = self.divided.jit(train_step(model, optimizer, options.seed), donate_argnums=0)
         evaluate = self.divided.jit(evaluation_step(model))
         return state, step, evaluate
 

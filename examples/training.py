@@ -18,12 +18,15 @@ PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 CHECKPOINTS_KEPT = 2
 
 
+Arrays = dict[str | int, Any]
+
+
 class State(NamedTuple):
-    """Everything that a step changes."""
+    """Everything that a step changes, in plain dictionaries: jax flattens them on each call, and nnx's take longer."""
 
     step: jax.Array
-    parameters: nnx.State
-    statistics: nnx.State  # of BatchNorm
+    parameters: Arrays
+    statistics: Arrays  # of BatchNorm
     optimizer: optax.OptState
 
 
@@ -36,7 +39,7 @@ class Metrics(NamedTuple):
 
 def create_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step."""
-    _, parameters, statistics = nnx.split(model, nnx.Param, ...)
+    _, parameters, statistics = _split(model)
     return State(jnp.zeros((), jnp.int32), parameters, statistics, optimizer.init(parameters))
 
 
@@ -51,15 +54,15 @@ def train_step(
         seed: of the dropout.
     """
     model.train()
-    graphdef, *_ = nnx.split(model, nnx.Param, ...)
+    graphdef, *_ = _split(model)
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss(parameters: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
+        def loss(parameters: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
             model = nnx.merge(graphdef, parameters, state.statistics, copy=True)
             metrics = _metrics(model(_normalized(images), rngs=nnx.Rngs(dropout=key)), labels)
-            _, _, statistics = nnx.split(model, nnx.Param, ...)
+            _, _, statistics = _split(model)
             return metrics.loss, (metrics, statistics)
 
         gradients, (metrics, statistics) = jax.grad(loss, has_aux=True)(state.parameters)
@@ -73,13 +76,18 @@ def train_step(
 def evaluation_step(model: nnx.Module) -> Callable[[State, jax.Array, jax.Array], Metrics]:
     """A function of the state, images (N, H, W, 3) uint8 and labels (N,), to be jitted."""
     model.eval()
-    graphdef, *_ = nnx.split(model, nnx.Param, ...)
+    graphdef, *_ = _split(model)
 
     def evaluate(state: State, images: jax.Array, labels: jax.Array) -> Metrics:
         model = nnx.merge(graphdef, state.parameters, state.statistics)
         return _metrics(model(_normalized(images)), labels)
 
     return evaluate
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
+    graphdef, parameters, statistics = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
 
 
 def _normalized(images: jax.Array) -> jax.Array:

@@ -44,16 +44,10 @@ def build(kind, **options):
     )
 
 
-def filled(shape, rng):
-    values = rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape)
-    return jnp.asarray(values, jnp.float32)
-
-
 def tiny(kind, conv, dtype=None, training=False):
-    """A small model with the blocks of the large ones. Its values are numpy's: to compile jax's takes seconds."""
+    """A small model with the blocks of the large ones."""
     model = nnx.eval_shape(lambda: build(kind, conv=conv, num_classes=5, dtype=dtype, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    nnx.update(model, jax.tree.map(lambda leaf: filled(leaf.shape, rng), nnx.state(model)))
+    models.fill(model)
     (model.train if training else model.eval)()
     return model
 
