@@ -53,16 +53,6 @@ def losses(output):
     return [float(row["loss"]) for row in table(output)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """Most tests run the same program."""
-    with pytest.MonkeyPatch.context():
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 8 steps with checkpoints after 4 and 8."""
@@ -158,6 +148,7 @@ def test_ours_and_flax_train_alike(finished, tmp_path):
     assert losses(tmp_path / "flax") != losses(finished)
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_is_resumed_with_flax(finished, run_folder):
     shutil.rmtree(run_folder / train.CHECKPOINTS / "8")
     assert train.main(arguments(run_folder, "--steps", 8, "--every", 4, "--resume", "--conv", "flax")) == 0
@@ -222,16 +213,15 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_nothing_is_overwritten_unless_asked(run_folder, capsys):
+def test_nothing_is_overwritten_unless_asked(run_folder, capsys, monkeypatch):
     before = contents(run_folder)
     assert train.main(arguments(run_folder, "--steps", 1)) == 2
     assert "not empty" in only_line(capsys)
     assert contents(run_folder) == before
     (run_folder / "notes.txt").write_text("keep")
-    assert train.main(arguments(run_folder, "--steps", 1, "--overwrite")) == 0
-    assert len(table(run_folder)) == 1
-    assert os.listdir(run_folder / train.CHECKPOINTS) == ["1"]
-    assert (run_folder / "notes.txt").read_text() == "keep"
+    monkeypatch.setattr(train.Run, "train", lambda run: None)
+    assert train.main(arguments(run_folder, "--overwrite")) == 0
+    assert {path.name for path in contents(run_folder)} == {"notes.txt"}
 
 
 def test_output_that_cannot_be_written(tmp_path, capsys):
@@ -281,9 +271,19 @@ def test_a_corrupt_checkpoint_is_one_line_and_exit_code_1(run_folder, capsys, da
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "PIXEL_SCALE", 0.0)
-    assert train.main(arguments(tmp_path / "run", "--steps", 3)) == 1
-    assert "the loss of step 1 is nan" in only_line(capsys)
+    history = train.History([(1.0, 0.5)], [])
+    monkeypatch.setattr(train.Run, "train", lambda run: history.add(training.Metrics(np.nan, 0.0)))
+    assert train.main(arguments(tmp_path / "run")) == 1
+    assert "the loss of step 2 is nan" in only_line(capsys)
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "train", interrupt)
+    assert train.main(arguments(tmp_path / "run")) == 130
+    assert "--resume" in only_line(capsys)
 
 
 @pytest.mark.slow
