@@ -172,9 +172,9 @@ class Checkpoints:
             yield
         except Exception as error:  # what is raised depends on where the damage is
             reason = f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+            advice = "delete it to resume from the one before"
             raise CheckpointError(
-                f"{self.folder / str(step)}: cannot read this checkpoint (without the folder, the one before it is "
-                f"resumed): {reason}"
+                f"{self.folder / str(step)}: cannot read this checkpoint ({advice}): {reason}"
             ) from error
 
 

@@ -306,7 +306,7 @@ def test_a_killed_run_is_resumed_exactly(tmp_path):
     subprocess.run([*command, "--output", whole], check=True, env=environment, timeout=600)
     process = subprocess.Popen([*command, "--output", killed], env=environment)
     with contextlib.suppress(ProcessLookupError):
-        while process.poll() is None and not (killed / train.TABLE).exists():
+        while process.poll() is None and not (killed / train.CHECKPOINTS / "5").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
