@@ -135,7 +135,7 @@ class ImagesPerSecond(ProgressColumn):
 
 def progress_bar(console: Console, batch: int) -> Progress:
     """A bar of steps with the loss and the rate, on a terminal only."""
-    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]}"))
     return Progress(
         *columns, ImagesPerSecond(batch), TimeRemainingColumn(), console=console, disable=not console.is_terminal
     )
@@ -170,16 +170,19 @@ class Run:
         waiting: deque[Metrics] = deque()
         batches = prefetch(self._on_device(self.crops), iter(range(start, options.steps)))
         with progress_bar(self.console, options.batch) as progress:
-            bar = progress.add_task("", total=options.steps, completed=start, loss=math.nan)
+            bar = progress.add_task("", total=options.steps, completed=start, loss="-")
             clock, counted = time.perf_counter(), 0
             for done, batch in enumerate(batches, start + 1):
                 state, metrics = step(state, *batch)
                 waiting.append(metrics)
                 counted += 1
+                if done == start + 1:  # which was compiled
+                    jax.block_until_ready(state)
+                    clock, counted = time.perf_counter(), 0
                 report = done % options.every == 0 or done == options.steps
                 while len(waiting) > (0 if report else LAG):
                     self.history.add(waiting.popleft())
-                    progress.update(bar, advance=1, loss=self.history.training[-1][0])
+                    progress.update(bar, advance=1, loss=f"{self.history.training[-1][0]:.4f}")
                 if report:
                     rate = counted * options.batch / (time.perf_counter() - clock)
                     self._report(done, state, evaluate, rate)
