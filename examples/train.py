@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{options.output / PLOT}, {options.output / TABLE}, {options.output / CHECKPOINTS}")
         return 0
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume goes on from the latest checkpoint"
+        code, message = 130, "interrupted; --resume goes on from the latest checkpoint, if there is one"
     except ModuleNotFoundError as error:
         code, message = 2, f"{error.name.partition('.')[0]} is missing: pip install 'jax-dwsconv[examples]'"
     except (InputError, ImportError) as error:
