@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kBurstThreads)
   for (int h = 0; h < Row::kWritten; ++h) {
     if (static_cast<unsigned>(out_row + h) >= static_cast<unsigned>(m.result.h)) continue;
     const int64_t row = out + (out_row + h) * m.result.step.h;
+    const auto exists = [&](int w) { return static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w); };
+    const auto offset = [&](int w) { return row + (out_column + w) * m.result.step.w; };
+    if (kPass != Pass::kStride2Gradient) Finish<Y>(m.epilogue, exists, offset, sums[h]);
 #pragma unroll
     for (int w = 0; w < Column::kWritten; ++w) {
-      if (static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w)) {
-        const int64_t offset = row + (out_column + w) * m.result.step.w;
-        StoreResults(m.epilogue, result, offset, sums[h][w]);
-      }
+      if (exists(w)) StoreVector(result + offset(w), sums[h][w]);
     }
   }
 }

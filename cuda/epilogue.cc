@@ -21,6 +21,8 @@ FusedEpilogue::Kind KindOf(Activation activation) {
 
 FusedEpilogue DescribeEpilogue(const Epilogue& epilogue) {
   FusedEpilogue e{};
+  e.present = !epilogue.empty();
+  e.follows = epilogue.residual != nullptr || epilogue.activation != Activation::kNone;
   e.kind = KindOf(epilogue.activation);
   e.low = 0;
   e.high = epilogue.activation == Activation::kRelu6 ? 6 : std::numeric_limits<float>::infinity();

@@ -25,27 +25,26 @@ __device__ __forceinline__ float TimesSigmoid(float x, float t) {
 }
 
 // Y: what the results are rounded to.
-template <class Y, int kCount>
-__device__ __forceinline__ void Activate(const FusedEpilogue& e, float (&values)[kCount]) {
+template <class Y, int kTile, int kVector>
+__device__ __forceinline__ void Activate(const FusedEpilogue& e, float (&values)[kTile][kVector]) {
+  const auto each = [&](const auto& function) {
+#pragma unroll
+    for (int b = 0; b < kTile; ++b) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) values[b][v] = function(values[b][v]);
+    }
+  };
   switch (e.kind) {
     case FusedEpilogue::Kind::kNone: break;
-    case FusedEpilogue::Kind::kClamp:
-#pragma unroll
-      for (float& x : values) x = Clamp(x, e.low, e.high);
-      break;
-    case FusedEpilogue::Kind::kSilu:
-#pragma unroll
-      for (float& x : values) x = TimesSigmoid<Y>(x, x);
-      break;
+    case FusedEpilogue::Kind::kClamp: each([&](float x) { return Clamp(x, e.low, e.high); }); break;
+    case FusedEpilogue::Kind::kSilu: each([](float x) { return TimesSigmoid<Y>(x, x); }); break;
     case FusedEpilogue::Kind::kGelu:
       // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
-#pragma unroll
-      for (float& x : values) x = TimesSigmoid<Y>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f));
+      each([](float x) {
+        return TimesSigmoid<Y>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f));
+      });
       break;
-    case FusedEpilogue::Kind::kHardSwish:
-#pragma unroll
-      for (float& x : values) x *= Clamp(x + 3, 0, 6) * (1.0f / 6);
-      break;
+    case FusedEpilogue::Kind::kHardSwish: each([](float x) { return x * (Clamp(x + 3, 0, 6) * (1.0f / 6)); }); break;
   }
 }
 
@@ -85,22 +84,23 @@ __device__ __forceinline__ void Start(const float (&bias)[kVector], float (&sums
   }
 }
 
-// Stores neighbouring results, which have their scale and bias, at `result` + `offset`.
-template <class Y, int kCount>
-__device__ __forceinline__ void StoreResults(const FusedEpilogue& e, Y* result, int64_t offset,
-                                             const float (&sums)[kCount]) {
-  float values[kCount];
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) values[v] = sums[v];
+// Residual and activation of kTile neighbouring vectors, of which `exists(b)` tells whether the result has vector b, at
+// `offset(b)` from its beginning.
+template <class Y, int kTile, int kVector, class Exists, class Offset>
+__device__ __forceinline__ void Finish(const FusedEpilogue& e, const Exists& exists, const Offset& offset,
+                                       float (&values)[kTile][kVector]) {
+  if (!e.follows) return;
   if (e.residual != nullptr) {
-    const Y* residual = static_cast<const Y*>(e.residual) + offset;
-    float added[kCount];
-    reinterpret_cast<const Packed<Y, kCount>*>(residual)->Unpack(added);
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) values[v] += added[v];
+    for (int b = 0; b < kTile; ++b) {
+      if (!exists(b)) continue;
+      float added[kVector];
+      reinterpret_cast<const Packed<Y, kVector>*>(static_cast<const Y*>(e.residual) + offset(b))->Unpack(added);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) values[b][v] += added[v];
+    }
   }
   Activate<Y>(e, values);
-  StoreVector(result + offset, values);
 }
 
 }  // namespace dwsconv::cuda

@@ -9,6 +9,8 @@ namespace dwsconv::cuda {
 // relu and relu6 clamp to [low, high].
 struct FusedEpilogue {
   enum class Kind : uint8_t { kNone, kClamp, kSilu, kGelu, kHardSwish };
+  bool present;
+  bool follows;  // whether there is anything besides scale and bias
   Kind kind;
   float low, high;
   const float *scale, *bias;

@@ -85,8 +85,9 @@ __global__ void GatherKernel(const __grid_constant__ Problem p, const __grid_con
       float scale[1], bias[1];
       LoadScale(epilogue, static_cast<int>(at.c), scale);
       LoadBias(epilogue, static_cast<int>(at.c), bias);
-      const float value[] = {fmaf(GatherForward(p, source, filter, at), scale[0], bias[0])};
-      StoreResults(epilogue, result, i, value);
+      float value[1][1] = {{fmaf(GatherForward(p, source, filter, at), scale[0], bias[0])}};
+      Finish<R>(epilogue, [](int) { return true; }, [&](int) { return i; }, value);
+      result[i] = FromFloat<R>(value[0][0]);
     } else {
       const Position at = Locate<Index>(i, p.channels_last, p.in_h, p.in_w, p.channels);
       result[i] = FromFloat<R>(GatherGradInput(p, source, filter, at));

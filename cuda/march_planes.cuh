@@ -83,10 +83,11 @@ __global__ void __launch_bounds__(kMarchThreads)
       AddTaps<1>(in, taps[kK - 1], sums[kK - 1]);
       if (step >= kK - 1) {
         if (active && begin + step < end) {
-          float done[kTile];
+          float done[1][kTile];
 #pragma unroll
-          for (int b = 0; b < kTile; ++b) done[b] = sums[kK - 1][b][0];
-          StoreResults(m.march.epilogue, result, out - result, done);
+          for (int b = 0; b < kTile; ++b) done[0][b] = sums[kK - 1][b][0];
+          Finish<T>(m.march.epilogue, [](int) { return true; }, [&](int) { return out - result; }, done);
+          StoreVector(out, done[0]);
         }
         out += m.march.result.step.h;
       }

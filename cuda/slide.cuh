@@ -122,11 +122,15 @@ __global__ void __launch_bounds__(kSlideThreads)
     const int64_t out = image * m.result_n + channel * m.result_c + fixed * m.fixed.result_step;
 #pragma unroll
     for (int q = 0; q < kTile; ++q) {
-      const int at = first + q * m.phases;
-      if (at >= m.slide.result) continue;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) sums[q][v] = fmaf(sums[q][v], scale[v], bias[v]);
-      StoreResults(m.epilogue, result, out + at * m.slide.result_step, sums[q]);
+    }
+    const auto exists = [&](int q) { return first + q * m.phases < m.slide.result; };
+    const auto offset = [&](int q) { return out + (first + q * m.phases) * m.slide.result_step; };
+    Finish<R>(m.epilogue, exists, offset, sums);
+#pragma unroll
+    for (int q = 0; q < kTile; ++q) {
+      if (exists(q)) StoreVector(result + offset(q), sums[q]);
     }
   }
 }

@@ -142,14 +142,14 @@ __device__ __noinline__ void Repair(const Toeplitz& m, const Segment* segments, 
     for (int c = 0; c < kToeplitzWarpChannels; ++c) {
       const float value = ToFloat(values[c]);
       if (value == value) continue;
-      float result[] = {ResultAlone<T, S::kGradient2>(m, source, filter, place.image, place.result_row + row, column,
-                                                      channel + c, S::kStride)};
+      float result[1][1] = {{ResultAlone<T, S::kGradient2>(m, source, filter, place.image, place.result_row + row,
+                                                           column, channel + c, S::kStride)}};
       float scale[1], bias[1];
       LoadScale(m.epilogue, channel + c, scale);
       LoadBias(m.epilogue, channel + c, bias);
-      result[0] = fmaf(result[0], scale[0], bias[0]);
+      result[0][0] = fmaf(result[0][0], scale[0], bias[0]);
       Activate<T>(m.epilogue, result);
-      values[c] = FromFloat<T>(result[0]);
+      values[c] = FromFloat<T>(result[0][0]);
     }
   }
 }
@@ -224,17 +224,16 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
     segments[threadIdx.x] = LocateSegment<S>(m, threadIdx.x);
   }
   float* const block_scale = reinterpret_cast<float*>(shared + memory.scale_and_bias);
-  if (threadIdx.x < kBlock) {
-    const bool exists = first_channel + static_cast<int>(threadIdx.x) < m.channels;
+  if (!S::kGradient2 && m.epilogue.present && threadIdx.x < kBlock) {
     float scale[1] = {}, bias[1] = {};
-    if (exists) {
+    if (first_channel + static_cast<int>(threadIdx.x) < m.channels) {
       LoadScale(m.epilogue, first_channel + threadIdx.x, scale);
       LoadBias(m.epilogue, first_channel + threadIdx.x, bias);
     }
     block_scale[threadIdx.x] = scale[0];
     block_scale[kBlock + threadIdx.x] = bias[0];
   }
-  const float* const scale_and_bias = block_scale + warp * kChannels;
+  const float4* const scale_and_bias = reinterpret_cast<const float4*>(block_scale) + warp;
   __syncthreads();
 
   // The copies of this thread.
@@ -386,23 +385,28 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
     const auto finish = [&](int u, const float (&done)[kChannels][4]) {
       const int result_step = step - S::kLead;
       unsigned char* const to = shared + stage_to + ((step & 1) * S::kResultRows + u) * Memory::kResultRow;
-      float total = 0;
-      float scale[kChannels], bias[kChannels];
-      if constexpr (!S::kGradient2) {
-        *reinterpret_cast<float4*>(scale) = *reinterpret_cast<const float4*>(scale_and_bias);
-        *reinterpret_cast<float4*>(bias) = *reinterpret_cast<const float4*>(scale_and_bias + kBlock);
+      float total = 0, values[4][kChannels];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) values[n][c] = done[c][n];
+        total += (values[n][0] + values[n][1]) + (values[n][2] + values[n][3]);
+      }
+      if (!S::kGradient2 && m.epilogue.present) {
+        const float4 scale = scale_and_bias[0], bias = scale_and_bias[kBlock / kChannels];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          values[n][0] = fmaf(values[n][0], scale.x, bias.x);
+          values[n][1] = fmaf(values[n][1], scale.y, bias.y);
+          values[n][2] = fmaf(values[n][2], scale.z, bias.z);
+          values[n][3] = fmaf(values[n][3], scale.w, bias.w);
+        }
+        Activate<T>(m.epilogue, values);
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        float values[kChannels] = {done[0][n], done[1][n], done[2][n], done[3][n]};
-        total += (values[0] + values[1]) + (values[2] + values[3]);
-        if constexpr (!S::kGradient2) {
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) values[c] = fmaf(values[c], scale[c], bias[c]);
-          Activate<T>(m.epilogue, values);
-        }
         Packed<T, kChannels> packed;
-        packed.Pack(values);
+        packed.Pack(values[n]);
         *reinterpret_cast<Packed<T, kChannels>*>(to + (n / 2 * 64 + n % 2 * 4) * Memory::kPitch) = packed;
       }
       if (total != total && result_step >= 0) {
