@@ -1,0 +1,55 @@
+// What the tensor-core kernel of grad_filter (tap_products.cuh) takes, and its launcher.
+#ifndef JAX_DWSCONV_CUDA_TAP_PRODUCTS_H_
+#define JAX_DWSCONV_CUDA_TAP_PRODUCTS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/divisor.h"
+#include "cuda/plan.h"
+#include "cuda/problem.h"
+
+namespace dwsconv::cuda {
+
+// x or g: the sizes of an image, its distances in elements, and how a tile of it lies in shared memory, where the unit
+// is a slot of 16 bytes.
+struct TapProductsSide {
+  int h, w, row_step;
+  int64_t image_step;
+  int rows;                // of an image in a tile
+  int begin, end, needed;  // pixels of a row that are copied, and of these the first that the tile does not need
+  int period, lead;        // rows from one image to the next, and before the first
+  int pitch;               // pixels from one row to the next
+  Divisor lanes;           // threads that copy one row
+  Divisor row_groups;      // and rows that are copied side by side,
+  int image_groups;        // in so many images
+  int pixel_groups;
+};
+
+struct TapProducts {
+  Divisor chunks;  // of 8 channels, in a block
+  int walkers;     // warps of a chunk
+  Divisor channel_blocks, splits, groups;
+  bool one_launch;  // the blocks of all splits are a cluster and write the filter; else parts to the workspace
+  Divisor stretches, strips;
+  uint32_t tiles;  // of a group
+  int images, strip_rows, stretch_columns;
+  int images_per_group;
+  TapProductsSide x, g;
+  int first_row, pad_top, pad_left;  // first_row: the first row of x in a tile that can be inside the image
+  int channels;
+  int kernel_h, kernel_w, stride, dilation_h, dilation_w;
+  Divisor units_wide, unit_rows[2];  // unit_rows, pairs: of even and odd rows of x with stride 2
+  int pairs[2];
+  int x_slots, stage_slots;
+  Strides filter;
+  bool filter_is_float;
+};
+
+// Writes the filter if the plan needs one launch, else plan.splits parts into the workspace. Returns false where there
+// is no instance.
+bool LaunchTapProducts(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
+                       float* workspace, cudaStream_t stream);
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_TAP_PRODUCTS_H_
