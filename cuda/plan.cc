@@ -538,20 +538,45 @@ int TapProductsSets(const Problem& p) {
 
 // Estimated time in cycles; infinite where the tile does not fit the device. Fitted like EstimateMarch.
 double EstimateTapProducts(const Problem& p, const TapProductsTile& tile, bool one_launch, const Device& device) {
-  const double stride = p.stride_h, unit = 4 * tile.sets, chunks = tile.chunks;
+  constexpr double kRegisters = 65536, kRegistersPerThread = 120, kMostBlocks = 16;
+  const double s = p.stride_h, unit = 4 * tile.sets, chunks = tile.chunks, walkers = tile.walkers, rows = tile.rows;
   const double reach_h = (p.kernel_h - 1) * p.dilation_h, reach_w = (p.kernel_w - 1) * p.dilation_w;
+  const double taps = double(p.kernel_h) * p.kernel_w, threads = 32 * chunks * walkers;
+  const double stretches = CeilDiv(p.out_w, tile.columns), strips = CeilDiv(p.in_h, tile.rows);
   const double units = std::ceil(std::min<double>(tile.columns, p.out_w) / unit);
-  const double x_rows = tile.rows >= p.out_h
-                            ? std::min<double>((tile.rows - 1) * stride + reach_h + 1, p.in_h)
-                            : (tile.rows - 1) * stride + reach_h + 1;
-  const double lead = std::floor(reach_h / stride), g_rows = tile.images * (tile.rows + lead) + lead + 2;
+  const double lead = std::floor(reach_h / s), g_rows = lead + std::floor(rows / s) + 1;
+  const double x_width = (units * unit - 1) * s + reach_w + 1, g_width = units * unit;
+  const double pairs = s * std::ceil(tile.images * rows * units / 2 / s), turns = std::ceil(pairs / walkers);
+
   const auto pitch = [](double width) { return std::ceil(width / 8) * 8 + 1; };
-  const double x_width = (units * unit - 1) * stride + reach_w + 1;
-  const double stage = chunks * 16 * ((tile.images * x_rows + 1) * pitch(x_width) + g_rows * pitch(units * unit));
-  const double shared = 2 * stage + 8 * tile.images * x_rows * units + 64;
-  const double sums = 32.0 * (tile.walkers + 1) * p.kernel_h * p.kernel_w * chunks;
-  if (std::max(shared, sums) > device.most_shared_memory) return std::numeric_limits<double>::infinity();
-  return one_launch ? shared : shared + 1;
+  const double stage =
+      chunks * ((tile.images * rows + 1) * pitch(x_width) + (tile.images * g_rows + lead + 1) * pitch(g_width));
+  const double table = pairs + s + walkers;
+  const double shared = 16 * std::max(2 * stage + table, 2 * (walkers + 1) * taps * chunks);
+  if (shared > device.most_shared_memory) return std::numeric_limits<double>::infinity();
+
+  const double copies = tile.images * chunks *
+                        (rows * (stretches == 1 ? p.in_w : x_width) +
+                         (strips == 1 ? std::min<double>(g_rows, p.out_h) : g_rows) * (stretches == 1 ? p.out_w : g_width));
+  const double resident = std::clamp(
+      std::floor(std::min(kRegisters / (kRegistersPerThread * threads), device.shared_memory / (shared + 1024))), 1.0,
+      kMostBlocks);
+  const double blocks = std::ceil(p.channels / (8 * chunks)) * p.groups * tile.splits;
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 3) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double tiles = std::ceil(CeilDiv(p.images_per_group(), tile.images) * strips * stretches / tile.splits);
+
+  const double own_copies = copies / threads;
+  const double latency = 1170 + 296 * turns + 10.6 * own_copies;
+  const double issue = (370 + 91 * turns + 35 * own_copies) * chunks * walkers * active / 4;
+  const double shared_cycles = (17.2 * chunks * pairs + 0.51 * copies * (tile.chunks == 1 ? 2.46 : 1)) * active;
+  const double compute = waves * (tiles * std::max({latency, issue, shared_cycles}) + 2680 + 2.5 * walkers * taps +
+                                  30.7 * stage / threads);
+  const double memory = 2.0 * (p.x_elements() + p.y_elements()) / (17.0 * device.multiprocessors);
+  const double parts = one_launch ? (tile.splits > 1 ? 3730 : 0)
+                                  : 2920 + 1.42 * tile.splits * p.filter_elements() / device.multiprocessors;
+  return 2250 + parts + std::max(compute, memory) + 0.45 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -574,7 +599,7 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
   const auto visit_tile = [&](int rows, int images) {
     tile.rows = rows;
     tile.images = images;
-    const int64_t tiles = CeilDiv(p.images_per_group(), images) * CeilDiv(p.out_h, rows) * CeilDiv(p.out_w, tile.columns);
+    const int64_t tiles = CeilDiv(p.images_per_group(), images) * CeilDiv(p.in_h, rows) * CeilDiv(p.out_w, tile.columns);
     const int64_t most_splits = std::min(tiles, max_splits);
     const int64_t blocks_per_split = CeilDiv(all_chunks, tile.chunks) * p.groups;
     int64_t last = 0;
@@ -600,10 +625,12 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
         const int64_t columns = CeilDiv(CeilDiv(p.out_w, stretches), unit) * unit;
         if (columns == last_columns || (columns < 32 && stretches > 1)) break;
         last_columns = tile.columns = static_cast<int>(columns);
-        ForStripRows(std::min<int64_t>(p.out_h, 128), [&](int rows) { visit_tile(rows, 1); });
-        if (p.out_h > 128 || stretches > 1) continue;
+        ForStripRows(std::min<int64_t>(p.in_h, 128), [&](int rows) {
+          visit_tile(rows < p.in_h ? static_cast<int>(CeilDiv(rows, p.stride_h) * p.stride_h) : rows, 1);
+        });
+        if (p.in_h > 128 || stretches > 1) continue;
         for (int images = 2; images <= std::min<int64_t>(16, p.images_per_group()); images *= 2) {
-          visit_tile(static_cast<int>(p.out_h), images);
+          visit_tile(static_cast<int>(p.in_h), images);
         }
       }
     }

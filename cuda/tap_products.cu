@@ -23,9 +23,8 @@ TapProducts Describe(const Problem& p, const GradFilterPlan& plan) {
   m.groups = divisor(p.groups);
   m.one_launch = plan.one_launch;
   m.stretches = divisor(CeilDiv(p.out_w, tile.columns));
-  m.strips = divisor(CeilDiv(p.out_h, tile.rows));
+  m.strips = divisor(CeilDiv(p.in_h, tile.rows));
   m.images = tile.images;
-  m.strip_rows = tile.rows;
   m.stretch_columns = tile.columns;
   m.images_per_group = static_cast<int>(p.images_per_group());
   m.tiles = m.stretches.value * m.strips.value * CeilDiv(m.images_per_group, tile.images);
@@ -33,25 +32,28 @@ TapProducts Describe(const Problem& p, const GradFilterPlan& plan) {
   m.pad_left = static_cast<int>(p.pad_left);
   m.channels = static_cast<int>(p.channels);
   m.kernel_h = static_cast<int>(p.kernel_h);
-  m.kernel_w = static_cast<int>(p.kernel_w);
+  m.kernel_w = divisor(p.kernel_w);
   m.stride = stride;
   m.dilation_h = static_cast<int>(p.dilation_h);
-  m.dilation_w = static_cast<int>(p.dilation_w);
+  m.dilation_w = divisor(p.dilation_w);
   m.filter = p.filter;
   m.filter_is_float = p.filter_dtype == Dtype::kF32;
 
-  // Rows of x that are outside of every image need no place.
-  int rows = (tile.rows - 1) * stride + reach_h + 1;
-  if (m.strips.value == 1) {
-    m.first_row = std::min(std::max(0, m.pad_top), rows - 1);
-    rows = std::max(1, std::min(rows, m.pad_top + static_cast<int>(p.in_h)) - m.first_row);
-  }
+  // The rows of g that a tile's rows of x meet.
+  m.lead = reach_h / stride;
+  m.first_parity = (m.pad_top % stride + stride) % stride;
+  m.first_g_row = (m.pad_top - m.first_parity) / stride - m.lead;
+  const int g_rows = m.lead + (tile.rows - 1 + m.first_parity) / stride + 1;
   const int threads = tile.chunks * tile.walkers * 32;
-  const auto side = [&](TapProductsSide& s, const Strides& strides, int64_t h, int64_t w, int width) {
+  const auto side = [&](TapProductsSide& s, const Strides& strides, int64_t h, int64_t w, int rows, int first_row, int width) {
     s.h = static_cast<int>(h), s.w = static_cast<int>(w);
     s.row_step = static_cast<int>(strides.h);
     s.image_step = strides.n;
+    s.period = rows;
     s.pitch = CeilDiv(width, 8) * 8 + 1;  // odd, so that neighbouring rows are in different banks
+    // With one strip, the rows outside of the image are always the same.
+    s.skipped_rows = m.strips.value > 1 ? 0 : std::clamp(-first_row, 0, rows);
+    s.rows = m.strips.value > 1 ? rows : std::clamp(s.h - first_row, s.skipped_rows, rows) - s.skipped_rows;
     // With one stretch, the columns outside of the image are always the same.
     const int first_column = &s == &m.x ? -m.pad_left : 0;
     s.begin = m.stretches.value > 1 ? 0 : std::clamp(-first_column, 0, width);
@@ -64,21 +66,20 @@ TapProducts Describe(const Problem& p, const GradFilterPlan& plan) {
   };
   const int unit = kUnitTerms * tile.sets, units = CeilDiv(std::min<int64_t>(tile.columns, p.out_w), unit);
   m.x.needed = (tile.columns - 1) * stride + reach_w + 1;
-  m.x.rows = m.x.period = rows;
-  side(m.x, p.x, p.in_h, p.in_w, (units * unit - 1) * stride + reach_w + 1);
+  side(m.x, p.x, p.in_h, p.in_w, tile.rows, 0, (units * unit - 1) * stride + reach_w + 1);
   m.g.needed = tile.columns;
-  m.g.rows = tile.rows;
-  m.g.lead = reach_h / stride;
-  m.g.period = tile.rows + m.g.lead;
-  side(m.g, p.y, p.out_h, p.out_w, units * unit);
+  side(m.g, p.y, p.out_h, p.out_w, g_rows, m.first_g_row, units * unit);
   m.units_wide = divisor(units);
+  bool odd = false;
   for (int parity = 0; parity < stride; ++parity) {
-    const int first = (parity + m.first_row) % stride, of_parity = CeilDiv(std::max(0, rows - first), stride);
-    m.unit_rows[parity] = divisor(of_parity);
-    m.pairs[parity] = CeilDiv(tile.images * of_parity * units, 2);
+    const int first = (parity + m.first_parity) % stride, rows = CeilDiv(std::max(0, tile.rows - first), stride);
+    m.unit_rows[parity] = divisor(rows);
+    m.pairs[parity] = CeilDiv(tile.images * rows * units, 2);
+    odd |= tile.images * rows * units % 2 != 0;
   }
+  const int spare_rows = odd ? m.lead + 1 : 0;  // zeros for the last of an odd number of units
   m.x_slots = (tile.images * m.x.period + 1) * m.x.pitch * tile.chunks;
-  m.stage_slots = m.x_slots + (m.g.lead + tile.images * m.g.period + 1) * m.g.pitch * tile.chunks;
+  m.stage_slots = m.x_slots + (tile.images * m.g.period + spare_rows) * m.g.pitch * tile.chunks;
   return m;
 }
 

@@ -47,15 +47,15 @@ __device__ __forceinline__ int SlotOf(int pixel, int chunk, int chunks) {
   return (pixel * chunks + chunk) ^ order;
 }
 
-// Where a tile begins, in pixels of g.
+// Where a tile begins: its first image, row of x and column of g.
 struct TapProductsPlace {
-  int image, images, row, column;
+  int image, images, x_row, g_column;
 };
 
 __device__ __forceinline__ TapProductsPlace LocateTile(const TapProducts& m, uint32_t group, uint32_t tile) {
   TapProductsPlace place;
-  place.column = m.stretches.Take(tile) * m.stretch_columns;
-  place.row = m.strips.Take(tile) * m.strip_rows;
+  place.g_column = m.stretches.Take(tile) * m.stretch_columns;
+  place.x_row = m.strips.Take(tile) * m.x.rows;
   const int first = tile * m.images;
   place.images = min(m.images, m.images_per_group - first);
   place.image = group * m.images_per_group + first;
@@ -70,13 +70,13 @@ __device__ __noinline__ float TapAlone(const TapProducts& m, const T* x, const T
   for (uint32_t tile = split; tile < m.tiles; tile += m.splits.value) {
     const TapProductsPlace place = LocateTile(m, group, tile);
     for (int n = place.image; n < place.image + place.images; ++n) {
-      for (int h = place.row; h < min(place.row + m.strip_rows, m.g.h); ++h) {
-        const int x_row = h * m.stride + i * m.dilation_h - m.pad_top;
-        if (x_row < 0 || x_row >= m.x.h) continue;
+      for (int x_row = place.x_row; x_row < min(place.x_row + m.x.rows, m.x.h); ++x_row) {
+        const int up = x_row + m.pad_top - i * m.dilation_h, h = up / m.stride;
+        if (up < 0 || up % m.stride != 0 || h >= m.g.h) continue;
         const T* const xs = x + n * m.x.image_step + static_cast<int64_t>(x_row) * m.x.row_step + channel;
         const T* const gs = g + n * m.g.image_step + static_cast<int64_t>(h) * m.g.row_step + channel;
-        for (int w = place.column; w < min(place.column + m.stretch_columns, m.g.w); ++w) {
-          const int x_column = w * m.stride + j * m.dilation_w - m.pad_left;
+        for (int w = place.g_column; w < min(place.g_column + m.stretch_columns, m.g.w); ++w) {
+          const int x_column = w * m.stride + j * static_cast<int>(m.dilation_w.value) - m.pad_left;
           if (x_column < 0 || x_column >= m.x.w) continue;
           sum = fmaf(ToFloat(xs[static_cast<int64_t>(x_column) * m.channels]),
                      ToFloat(gs[static_cast<int64_t>(w) * m.channels]), sum);
@@ -88,11 +88,12 @@ __device__ __noinline__ float TapAlone(const TapProducts& m, const T* x, const T
   return sum;
 }
 
-// Shared memory, in slots: the stages, and behind them the table of units. The sums take the place of the stages.
+// Shared memory, in slots: the stages, and behind them the table of units, which is read a little beyond its end. The
+// sums take the place of the stages.
 struct TapProductsMemory {
   __host__ __device__ static int Bytes(const TapProducts& m) {
-    const int sums = (m.walkers + 1) * m.kernel_h * m.kernel_w * static_cast<int>(m.chunks.value) * kSlotChannels * 4;
-    const int stages = kTapProductsStages * m.stage_slots * kSlotBytes + (m.pairs[0] + m.pairs[1]) * kSlotBytes;
+    const int sums = (m.walkers + 1) * m.kernel_h * static_cast<int>(m.kernel_w.value) * static_cast<int>(m.chunks.value) * kSlotChannels * 4;
+    const int stages = kTapProductsStages * m.stage_slots * kSlotBytes + (m.pairs[0] + m.pairs[1] + m.walkers) * kSlotBytes;
     return sums > stages ? sums : stages;
   }
 };
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
         const unsigned rows = exists && image < place.images ? side.h : 0;
         const T* source = from + (place.image + image) * side.image_step +
                           static_cast<int64_t>(first_row + first) * side.row_step + column * m.channels + channel;
-        uint32_t target = to + (side.lead + image * side.period + first) * row_bytes +
+        uint32_t target = to + (image * side.period + side.skipped_rows + first) * row_bytes +
                           SlotOf<decltype(lanes)::value>(pixel, copied_chunk, chunks) * kSlotBytes;
 #pragma unroll 1
         for (int row = first; row < side.rows; row += row_groups) {
@@ -152,61 +153,66 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
   const auto copy_tile = [&](uint32_t tile, int stage) {
     if (tile < m.tiles) {
       const TapProductsPlace place = LocateTile(m, group, tile);
-      copy(std::integral_constant<Lanes, kXLanes>{}, m.x, x, stage * m.stage_slots, place,
-           place.row * kStride - m.pad_top + m.first_row, place.column * kStride - m.pad_left);
-      copy(std::integral_constant<Lanes, kGLanes>{}, m.g, g, stage * m.stage_slots + m.x_slots, place, place.row,
-           place.column);
+      copy(std::integral_constant<Lanes, kXLanes>{}, m.x, x, stage * m.stage_slots, place, place.x_row,
+           place.g_column * kStride - m.pad_left);
+      copy(std::integral_constant<Lanes, kGLanes>{}, m.g, g, stage * m.stage_slots + m.x_slots, place,
+           place.x_row / kStride + m.first_g_row + m.g.skipped_rows, place.g_column);
     }
     CommitCopies();
   };
+
   // Where nothing is copied, there are zeros.
   for (int slot = threadIdx.x; slot < kTapProductsStages * m.stage_slots; slot += blockDim.x) {
     reinterpret_cast<uint4*>(shared)[slot] = {};
   }
-  __syncthreads();
-  copy_tile(split, 0);
-
-  const int g_rows = m.g.lead + m.images * m.g.period + 1;
-  // The units: where in a stage x and g begin. The last of an odd number meets zeros.
-  for (int of = 0; of < kStride; ++of) {
-    const int units = m.images * m.unit_rows[of].value * m.units_wide.value;
-    for (int index = threadIdx.x; index < 2 * m.pairs[of]; index += blockDim.x) {
-      uint32_t image = index < units ? index : 0;
-      const int unit = m.units_wide.Take(image);
-      const int row = (of + m.first_row) % kStride + m.unit_rows[of].Take(image) * kStride;
-      const int x_pixel = (image * m.x.period + row) * m.x.pitch + unit * kUnit * kStride;
-      const int g_row = index < units ? m.g.lead + image * m.g.period + (row + m.first_row) / kStride : g_rows - 1;
-      const int g_pixel = g_row * m.g.pitch + unit * kUnit;
-      reinterpret_cast<int2*>(table + of * m.pairs[0])[index] = {x_pixel * chunks * kSlotBytes,
-                                                                   (m.x_slots + g_pixel * chunks) * kSlotBytes};
-    }
-  }
-
-  // What this lane reads, relative to a unit: also of the set that is another eight rows below in the product.
+  // What this lane reads, relative to a unit: also of the set that is another eight rows below in the product. Lanes
+  // whose filter row does not exist read nothing of g.
   constexpr int kNextSet = kSets == 4 ? 4 : 1;
-  const int g_row = min(row_lane % kRows * m.dilation_h, m.g.lead), g_pixel = PixelOf<kGLanes>(term_lane) + row_lane / kRows;
+  const int g_row = row_lane % kRows * m.dilation_h, g_pixel = PixelOf<kGLanes>(term_lane) + row_lane / kRows;
+  const bool reads_g = g_row <= m.lead;
   const int g_slot = SlotOf<kGLanes>(g_pixel, chunk, chunks);
-  const unsigned char* const x_lane =
-      shared + SlotOf<kXLanes>(PixelOf<kXLanes>(term_lane) + row_lane, chunk, chunks) * kSlotBytes;
-  const unsigned char* const g_lane = shared + (g_slot - g_row * m.g.pitch * chunks) * kSlotBytes;
+  const uint32_t x_lane =
+      shared_address + SlotOf<kXLanes>(PixelOf<kXLanes>(term_lane) + row_lane, chunk, chunks) * kSlotBytes;
+  const uint32_t g_lane = shared_address + (g_slot - g_row * m.g.pitch * chunks) * kSlotBytes;
   const int next_set = (SlotOf<kGLanes>(g_pixel + kNextSet, chunk, chunks) - g_slot) * kSlotBytes;
 
+  const int4* const own_pairs = table + parity * m.pairs[0];
+
   float totals[kSlotChannels][4] = {};
+  __syncthreads();
   int stage = 0;
-  for (uint32_t tile = split; tile < m.tiles; tile += m.splits.value) {
-    copy_tile(tile + m.splits.value, stage ^ 1);
+  for (uint32_t next = split; next < m.tiles + m.splits.value; next += m.splits.value, stage ^= 1) {
+    copy_tile(next, stage);
+    if (next == split) {
+      // The units: where in a stage x and g begin. The last of an odd number meets zeros.
+#pragma unroll 1
+      for (int of = 0; of < kStride; ++of) {
+        const int first = (of + m.first_parity) % kStride, units = m.images * m.unit_rows[of].value * m.units_wide.value;
+        for (int index = threadIdx.x; index < 2 * m.pairs[of]; index += blockDim.x) {
+          uint32_t image = index < units ? index : 0;
+          const int unit = m.units_wide.Take(image), row = first + m.unit_rows[of].Take(image) * kStride;
+          const int x_pixel = (image * m.x.period + row) * m.x.pitch + unit * kUnit * kStride;
+          const int g_row = (index < units ? image : m.images) * m.g.period + m.lead + (row + m.first_parity) / kStride;
+          reinterpret_cast<int2*>(table + of * m.pairs[0])[index] = {
+              x_pixel * chunks * kSlotBytes, (m.x_slots + (g_row * m.g.pitch + unit * kUnit) * chunks) * kSlotBytes};
+        }
+      }
+      continue;
+    }
     WaitForCopies<1>();
     __syncthreads();
     float sums[kSlotChannels][4] = {};
-    const int begin = stage * m.stage_slots * kSlotBytes;
+    const int begin = (stage ^ 1) * m.stage_slots * kSlotBytes;
+    int4 ahead = own_pairs[walker / kStride];
+#pragma unroll 1
     for (int pair = walker / kStride; pair < m.pairs[parity]; pair += m.walkers / kStride) {
-      const int4 units = table[parity * m.pairs[0] + pair];
-      const Words<4> x0 = *reinterpret_cast<const Words<4>*>(x_lane + begin + units.x);
-      const Words<4> x1 = *reinterpret_cast<const Words<4>*>(x_lane + begin + units.z);
-      const Words<4> g00 = *reinterpret_cast<const Words<4>*>(g_lane + begin + units.y);
-      const Words<4> g10 = *reinterpret_cast<const Words<4>*>(g_lane + begin + units.w);
-      const Words<4> g01 = *reinterpret_cast<const Words<4>*>(g_lane + begin + units.y + next_set);
-      const Words<4> g11 = *reinterpret_cast<const Words<4>*>(g_lane + begin + units.w + next_set);
+      const int4 units = ahead;
+      ahead = own_pairs[pair + m.walkers / kStride];
+      const Words<4> x0 = LoadShared16(x_lane + begin + units.x, true), x1 = LoadShared16(x_lane + begin + units.z, true);
+      const Words<4> g00 = LoadShared16(g_lane + begin + units.y, reads_g);
+      const Words<4> g10 = LoadShared16(g_lane + begin + units.w, reads_g);
+      const Words<4> g01 = LoadShared16(g_lane + begin + units.y + next_set, reads_g);
+      const Words<4> g11 = LoadShared16(g_lane + begin + units.w + next_set, reads_g);
 #pragma unroll
       for (int c = 0; c < kSlotChannels; ++c) {
         MultiplyHalf<T>(PickHalves(g00.at[c / 2], g10.at[c / 2], c % 2), PickHalves(g01.at[c / 2], g11.at[c / 2], c % 2),
@@ -220,19 +226,27 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
       for (int v = 0; v < 4; ++v) totals[c][v] += sums[c][v];
     }
     __syncthreads();
-    stage ^= 1;
   }
   WaitForCopies<0>();
   __syncthreads();
 
   // The sets of a tap add up; then the walkers, through shared memory: by walker, tap, channel of the block.
   float* const parts = reinterpret_cast<float*>(shared);
-  const int width = chunks * kSlotChannels, taps = m.kernel_h * m.kernel_w;
+  const int width = chunks * kSlotChannels, taps = m.kernel_h * m.kernel_w.value;
   const int i = row_lane % kRows * kStride + parity;
+  float* to[2];  // for the shifts 2 * term_lane and the next one; null: no tap
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    const int shift = 2 * term_lane + v, j = m.dilation_w.Quotient(shift);
+    const bool exists = row_lane < kRows && i < m.kernel_h && j < static_cast<int>(m.kernel_w.value) &&
+                        j * static_cast<int>(m.dilation_w.value) == shift;
+    const int tap = static_cast<int>(walker) * taps + i * m.kernel_w.value + j;
+    to[v] = exists ? parts + tap * width + chunk * kSlotChannels : nullptr;
+  }
 #pragma unroll
   for (int c = 0; c < kSlotChannels; ++c) {
     float (&own)[4] = totals[c];
-    float even, odd;  // for the shifts 2 * term_lane and the next one
+    float even, odd;
     if constexpr (kSets == 2 && kStride == 1) {
       even = own[0] + own[3];
       odd = own[1] + __shfl_down_sync(0xffffffff, own[2], 1);
@@ -246,23 +260,17 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
       even += next_even;
       odd += next_odd;
     }
-    if (row_lane < kRows && i < m.kernel_h) {
-#pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        const int shift = 2 * term_lane + v, j = m.dilation_w == 1 ? shift : shift / m.dilation_w;
-        if (j >= m.kernel_w || j * m.dilation_w != shift) continue;
-        parts[(static_cast<int>(walker) * taps + i * m.kernel_w + j) * width + chunk * kSlotChannels + c] = v ? odd : even;
-      }
-    }
+    if (to[0] != nullptr) to[0][c] = even;
+    if (to[1] != nullptr) to[1][c] = odd;
   }
   __syncthreads();
   const int count = taps * width;
   float* const block_sums = parts + m.walkers * count;
   const int64_t part_size = static_cast<int64_t>(taps) * m.channels;
-  const auto write = [&](int index, float sum) {
-    const int tap = index / width, channel = first_channel + index % width;
+  const auto write = [&](int tap, int channel, float sum) {
     if (channel >= m.channels) return;
-    const int64_t at = group * m.filter.n + tap / m.kernel_w * m.filter.h + tap % m.kernel_w * m.filter.w + channel * m.filter.c;
+    const int row = m.kernel_w.Quotient(tap), column = tap - row * m.kernel_w.value;
+    const int64_t at = group * m.filter.n + row * m.filter.h + column * m.filter.w + channel * m.filter.c;
     if (m.filter_is_float) {
       static_cast<float*>(filter)[at] = sum;
     } else {
@@ -270,18 +278,20 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
     }
   };
   for (int index = threadIdx.x; index < count; index += blockDim.x) {
-    const int tap = index / width, channel = first_channel + index % width, tap_row = tap / m.kernel_w;
+    uint32_t tap = index / kSlotChannels;
+    const int channel = first_channel + m.chunks.Take(tap) * kSlotChannels + index % kSlotChannels;
+    const int tap_row = m.kernel_w.Quotient(tap);
     float sum = 0;
-    for (int other = kStride == 2 ? tap_row % 2 : 0; other < m.walkers; other += kStride) sum += parts[other * count + index];
-    if (sum != sum && channel < m.channels) sum = TapAlone(m, x, g, group, split, tap_row, tap % m.kernel_w, channel);
-    if (!m.one_launch) {
-      if (channel < m.channels) {
-        workspace[(static_cast<int64_t>(split) * m.groups.value + group) * part_size + tap * m.channels + channel] = sum;
-      }
-    } else if (m.splits.value == 1) {
-      write(index, sum);
-    } else {
+    for (int other = tap_row % kStride; other < m.walkers; other += kStride) sum += parts[other * count + index];
+    if (sum != sum && channel < m.channels) {
+      sum = TapAlone(m, x, g, group, split, tap_row, tap - tap_row * m.kernel_w.value, channel);
+    }
+    if (m.one_launch && m.splits.value > 1) {
       block_sums[index] = sum;
+    } else if (m.one_launch) {
+      write(tap, channel, sum);
+    } else if (channel < m.channels) {
+      workspace[(static_cast<int64_t>(split) * m.groups.value + group) * part_size + tap * m.channels + channel] = sum;
     }
   }
 #if __CUDA_ARCH__ >= 900
@@ -291,7 +301,9 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
     for (int index = split * blockDim.x + threadIdx.x; index < count; index += m.splits.value * blockDim.x) {
       float sum = 0;
       for (unsigned other = 0; other < m.splits.value; ++other) sum += cluster.map_shared_rank(block_sums, other)[index];
-      write(index, sum);
+      uint32_t tap = index / kSlotChannels;
+      const int channel = first_channel + m.chunks.Take(tap) * kSlotChannels + index % kSlotChannels;
+      write(tap, channel, sum);
     }
     cluster.sync();  // the others may still read
   }

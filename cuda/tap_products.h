@@ -15,10 +15,9 @@ namespace dwsconv::cuda {
 struct TapProductsSide {
   int h, w, row_step;
   int64_t image_step;
-  int rows;                // of an image in a tile
+  int rows, skipped_rows;  // of an image in a tile: those copied, and before them those that are always zero
   int begin, end, needed;  // pixels of a row that are copied, and of these the first that the tile does not need
-  int period, lead;        // rows from one image to the next, and before the first
-  int pitch;               // pixels from one row to the next
+  int period, pitch;       // rows from one image to the next, pixels from one row to the next
   Divisor lanes;           // threads that copy one row
   Divisor row_groups;      // and rows that are copied side by side,
   int image_groups;        // in so many images
@@ -32,12 +31,14 @@ struct TapProducts {
   bool one_launch;  // the blocks of all splits are a cluster and write the filter; else parts to the workspace
   Divisor stretches, strips;
   uint32_t tiles;  // of a group
-  int images, strip_rows, stretch_columns;
+  int images, stretch_columns;
   int images_per_group;
   TapProductsSide x, g;
-  int first_row, pad_top, pad_left;  // first_row: the first row of x in a tile that can be inside the image
+  int pad_top, pad_left;
+  int lead, first_g_row, first_parity;  // rows of g above the one that meets a row of x; of the first tile
   int channels;
-  int kernel_h, kernel_w, stride, dilation_h, dilation_w;
+  int kernel_h, stride, dilation_h;
+  Divisor kernel_w, dilation_w;
   Divisor units_wide, unit_rows[2];  // unit_rows, pairs: of even and odd rows of x with stride 2
   int pairs[2];
   int x_slots, stage_slots;
