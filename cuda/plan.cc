@@ -35,7 +35,8 @@ struct TapSumsInstance {
 };
 
 constexpr TapSumsInstance kTapSumsInstances[] = {
-#define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) {kernel_h, kernel_w, ahead, {vector, columns, 0, 0, 0}},
+#define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) \
+  {kernel_h, kernel_w, ahead, {vector, columns, 0, 0, 0}},
     DWSCONV_TAP_SUMS_TILES(DWSCONV_TILE)
 #undef DWSCONV_TILE
 };
@@ -374,8 +375,7 @@ std::string PassPlan::Text() const {
 std::string GradFilterPlan::Text() const {
   switch (kernel) {
     case Kernel::kTapSums:
-      return "tap_sums:" +
-             Join({tap_sums.vector, tap_sums.columns, tap_sums.rows, tap_sums.lanes, tap_sums.splits});
+      return "tap_sums:" + Join({tap_sums.vector, tap_sums.columns, tap_sums.rows, tap_sums.lanes, tap_sums.splits});
     case Kernel::kTapProducts: {
       const TapProductsTile& t = tap_products;
       return "tap_products:" + Join({t.sets, t.chunks, t.walkers, t.columns, t.rows, t.images, t.splits});
@@ -435,7 +435,7 @@ bool TapSumsApply(const Problem& p) {
 }
 
 // Estimated time in cycles, fitted like EstimateMarch.
-double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const TapSumsTile& tile,
+double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const TapSumsTile& tile, bool one_launch,
                        const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
   const double kh = p.kernel_h, kw = p.kernel_w, s = p.stride_h, v = tile.vector, t = tile.columns;
@@ -461,16 +461,17 @@ double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const 
   const double latency = per_walker * (332 + x_rows * (365 / instance.ahead + 1.75 * instructions));
   const double compute = waves * (std::max(issue, latency) + 18 * std::max(kh * kw, walkers) * v);
   const double halo = x_rows / (tile.rows * s);
-  const double memory =
-      bytes_each * (p.x_elements() * (1 + 0.155 * (halo - 1)) + p.y_elements()) / (12.45 * device.multiprocessors);
-  const double parts = 0.2 * tile.splits / 8 + 0.18 * tile.splits * p.filter_elements() * 4.0 / device.multiprocessors;
-  return 8561 + std::max(compute, memory) + 0.37 * std::min(compute, memory) + parts;
+  const double sectors = p.channels_last ? std::max(1.0, 32 / (lanes * v * bytes_each)) : 1;  // read over what is used
+  const double memory = sectors * bytes_each * (p.x_elements() * (1 + 0.155 * (halo - 1)) + p.y_elements()) /
+                        (12.45 * device.multiprocessors);
+  // To compare it with other kernels: 16-bit types take longer than the part of the form that ranks their tiles.
+  const double march = (bytes_each == 2 ? 1.12 : 1) * (std::max(compute, memory) + 0.37 * std::min(compute, memory));
+  if (one_launch) return (tile.splits > 1 ? 5800 : 4000) + 1.4 * march;
+  return 8561 + march + 0.72 * tile.splits * p.filter_elements() / device.multiprocessors;
 }
 
 // Whether the blocks of all splits can be a cluster, whose size is portable up to eight.
-bool OneLaunch(int64_t splits, const Device& device) {
-  return splits == 1 || (splits <= 8 && device.capability >= 90);
-}
+bool OneLaunch(int64_t splits, const Device& device) { return splits == 1 || (splits <= 8 && device.capability >= 90); }
 
 template <class Visit>
 void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits, const Visit& visit) {
@@ -489,10 +490,10 @@ void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int
       plan.splits = splits;
       plan.tap_sums = tile;
       plan.one_launch = one_launch;
-      plan.cycles = EstimateTapSums(p, instance, tile, device);
+      plan.cycles = EstimateTapSums(p, instance, tile, one_launch, device);
       visit(plan);
     };
-    for (const int64_t most_lanes : {32, 16, 8, 4}) {
+    for (const int64_t most_lanes : {32, 8, 4}) {
       const int64_t lanes = ChannelLanes(p, tile.vector, most_lanes), walkers = 128 / lanes;
       if (lanes == tile.lanes) continue;
       tile.lanes = static_cast<int>(lanes);
@@ -505,8 +506,8 @@ void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int
         }
         if (most_lanes < 32) return;
         for (int64_t blocks : {1, 2, 3, 4, 6, 8, 12, 16}) {  // for every multiprocessor
-          const int64_t splits =
-              std::min(std::max<int64_t>(1, blocks * device.multiprocessors / (vectors / lanes * p.groups)), most_splits);
+          const int64_t splits = std::min(
+              std::max<int64_t>(1, blocks * device.multiprocessors / (vectors / lanes * p.groups)), most_splits);
           if (!OneLaunch(splits, device)) visit_splits(splits, false);
         }
       });
@@ -555,9 +556,10 @@ double EstimateTapProducts(const Problem& p, const TapProductsTile& tile, bool o
   const double shared = 16 * std::max(2 * stage + table, 2 * (walkers + 1) * taps * chunks);
   if (shared > device.most_shared_memory) return std::numeric_limits<double>::infinity();
 
-  const double copies = tile.images * chunks *
-                        (rows * (stretches == 1 ? p.in_w : x_width) +
-                         (strips == 1 ? std::min<double>(g_rows, p.out_h) : g_rows) * (stretches == 1 ? p.out_w : g_width));
+  const double copies =
+      tile.images * chunks *
+      (rows * (stretches == 1 ? p.in_w : x_width) +
+       (strips == 1 ? std::min<double>(g_rows, p.out_h) : g_rows) * (stretches == 1 ? p.out_w : g_width));
   const double resident = std::clamp(
       std::floor(std::min(kRegisters / (kRegistersPerThread * threads), device.shared_memory / (shared + 1024))), 1.0,
       kMostBlocks);
@@ -599,14 +601,15 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
   const auto visit_tile = [&](int rows, int images) {
     tile.rows = rows;
     tile.images = images;
-    const int64_t tiles = CeilDiv(p.images_per_group(), images) * CeilDiv(p.in_h, rows) * CeilDiv(p.out_w, tile.columns);
+    const int64_t tiles =
+        CeilDiv(p.images_per_group(), images) * CeilDiv(p.in_h, rows) * CeilDiv(p.out_w, tile.columns);
     const int64_t most_splits = std::min(tiles, max_splits);
     const int64_t blocks_per_split = CeilDiv(all_chunks, tile.chunks) * p.groups;
     int64_t last = 0;
     for (int64_t splits : {1, 2, 4, 8}) {
       if (splits <= most_splits && OneLaunch(splits, device)) visit_splits(splits, true);
     }
-    for (int64_t blocks : {1, 2, 3, 4, 6, 8}) {  // for every multiprocessor
+    for (int64_t blocks : {1, 2, 4, 6}) {  // for every multiprocessor
       const int64_t splits =
           std::min(std::max<int64_t>(1, blocks * device.multiprocessors / blocks_per_split), most_splits);
       if (splits != last && !OneLaunch(splits, device)) visit_splits(splits, false);
@@ -621,13 +624,17 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
       tile.walkers = walkers;
       const int64_t unit = 4 * tile.sets;
       int last_columns = 0;
-      for (int64_t stretches : {1, 2, 4, 8, 16, 32}) {
+      for (int64_t stretches = 1; stretches <= 1024; stretches *= 2) {
         const int64_t columns = CeilDiv(CeilDiv(p.out_w, stretches), unit) * unit;
         if (columns == last_columns || (columns < 32 && stretches > 1)) break;
+        if (columns > 256) continue;
         last_columns = tile.columns = static_cast<int>(columns);
-        ForStripRows(std::min<int64_t>(p.in_h, 128), [&](int rows) {
-          visit_tile(rows < p.in_h ? static_cast<int>(CeilDiv(rows, p.stride_h) * p.stride_h) : rows, 1);
-        });
+        for (int64_t strips = 1, last_rows = 0; strips < 2 * p.in_h; strips *= 2) {
+          int64_t rows = CeilDiv(p.in_h, strips);
+          if (strips > 1) rows = CeilDiv(rows, p.stride_h) * p.stride_h;  // a strip begins with an even row
+          if (rows != last_rows && rows <= 128) visit_tile(static_cast<int>(rows), 1);
+          last_rows = rows;
+        }
         if (p.in_h > 128 || stretches > 1) continue;
         for (int images = 2; images <= std::min<int64_t>(16, p.images_per_group()); images *= 2) {
           visit_tile(static_cast<int>(p.in_h), images);

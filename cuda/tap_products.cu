@@ -1,8 +1,7 @@
-#include "cuda/tap_products.cuh"
-
 #include <algorithm>
 
 #include "cuda/cluster.h"
+#include "cuda/tap_products.cuh"
 
 namespace dwsconv::cuda {
 namespace {
@@ -45,7 +44,8 @@ TapProducts Describe(const Problem& p, const GradFilterPlan& plan) {
   m.first_g_row = (m.pad_top - m.first_parity) / stride - m.lead;
   const int g_rows = m.lead + (tile.rows - 1 + m.first_parity) / stride + 1;
   const int threads = tile.chunks * tile.walkers * 32;
-  const auto side = [&](TapProductsSide& s, const Strides& strides, int64_t h, int64_t w, int rows, int first_row, int width) {
+  const auto side = [&](TapProductsSide& s, const Strides& strides, int64_t h, int64_t w, int rows, int first_row,
+                        int width) {
     s.h = static_cast<int>(h), s.w = static_cast<int>(w);
     s.row_step = static_cast<int>(strides.h);
     s.image_step = strides.n;

@@ -43,7 +43,9 @@ __device__ __forceinline__ int SlotOf(int pixel, int chunk, int chunks) {
   const int low = (pixel >> kLow) & 1, high = (pixel >> kHigh) & 1;
   const int order = chunks == 4   ? low | high << 1
                     : chunks == 2 ? high
-                                  : (kLanes == Lanes::kPaired ? high << 2 : kLanes == Lanes::kFar ? high << 1 : 0);
+                                  : (kLanes == Lanes::kPaired ? high << 2
+                                     : kLanes == Lanes::kFar  ? high << 1
+                                                              : 0);
   return (pixel * chunks + chunk) ^ order;
 }
 
@@ -92,8 +94,10 @@ __device__ __noinline__ float TapAlone(const TapProducts& m, const T* x, const T
 // sums take the place of the stages.
 struct TapProductsMemory {
   __host__ __device__ static int Bytes(const TapProducts& m) {
-    const int sums = (m.walkers + 1) * m.kernel_h * static_cast<int>(m.kernel_w.value) * static_cast<int>(m.chunks.value) * kSlotChannels * 4;
-    const int stages = kTapProductsStages * m.stage_slots * kSlotBytes + (m.pairs[0] + m.pairs[1] + m.walkers) * kSlotBytes;
+    const int sums = (m.walkers + 1) * m.kernel_h * static_cast<int>(m.kernel_w.value) *
+                     static_cast<int>(m.chunks.value) * kSlotChannels * 4;
+    const int stages =
+        kTapProductsStages * m.stage_slots * kSlotBytes + (m.pairs[0] + m.pairs[1] + m.walkers) * kSlotBytes;
     return sums > stages ? sums : stages;
   }
 };
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
 
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t shared_address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  
+
   int4* const table = reinterpret_cast<int4*>(shared + kTapProductsStages * m.stage_slots * kSlotBytes);
 
   // Copies a tile of x or g: the threads of a row have neighbouring chunks, then neighbouring pixels.
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
       // The units: where in a stage x and g begin. The last of an odd number meets zeros.
 #pragma unroll 1
       for (int of = 0; of < kStride; ++of) {
-        const int first = (of + m.first_parity) % kStride, units = m.images * m.unit_rows[of].value * m.units_wide.value;
+        const int first = (of + m.first_parity) % kStride,
+                  units = m.images * m.unit_rows[of].value * m.units_wide.value;
         for (int index = threadIdx.x; index < 2 * m.pairs[of]; index += blockDim.x) {
           uint32_t image = index < units ? index : 0;
           const int unit = m.units_wide.Take(image), row = first + m.unit_rows[of].Take(image) * kStride;
@@ -208,15 +213,17 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
     for (int pair = walker / kStride; pair < m.pairs[parity]; pair += m.walkers / kStride) {
       const int4 units = ahead;
       ahead = own_pairs[pair + m.walkers / kStride];
-      const Words<4> x0 = LoadShared16(x_lane + begin + units.x, true), x1 = LoadShared16(x_lane + begin + units.z, true);
+      const Words<4> x0 = LoadShared16(x_lane + begin + units.x, true),
+                     x1 = LoadShared16(x_lane + begin + units.z, true);
       const Words<4> g00 = LoadShared16(g_lane + begin + units.y, reads_g);
       const Words<4> g10 = LoadShared16(g_lane + begin + units.w, reads_g);
       const Words<4> g01 = LoadShared16(g_lane + begin + units.y + next_set, reads_g);
       const Words<4> g11 = LoadShared16(g_lane + begin + units.w + next_set, reads_g);
 #pragma unroll
       for (int c = 0; c < kSlotChannels; ++c) {
-        MultiplyHalf<T>(PickHalves(g00.at[c / 2], g10.at[c / 2], c % 2), PickHalves(g01.at[c / 2], g11.at[c / 2], c % 2),
-                        PickHalves(x0.at[c / 2], x1.at[c / 2], c % 2), sums[c], sums[c]);
+        MultiplyHalf<T>(PickHalves(g00.at[c / 2], g10.at[c / 2], c % 2),
+                        PickHalves(g01.at[c / 2], g11.at[c / 2], c % 2), PickHalves(x0.at[c / 2], x1.at[c / 2], c % 2),
+                        sums[c], sums[c]);
       }
     }
     // Sums of sums, so that none gets long.
@@ -300,7 +307,8 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
     cluster.sync();
     for (int index = split * blockDim.x + threadIdx.x; index < count; index += m.splits.value * blockDim.x) {
       float sum = 0;
-      for (unsigned other = 0; other < m.splits.value; ++other) sum += cluster.map_shared_rank(block_sums, other)[index];
+      for (unsigned other = 0; other < m.splits.value; ++other)
+        sum += cluster.map_shared_rank(block_sums, other)[index];
       uint32_t tap = index / kSlotChannels;
       const int channel = first_channel + m.chunks.Take(tap) * kSlotChannels + index % kSlotChannels;
       write(tap, channel, sum);

@@ -16,7 +16,7 @@ namespace dwsconv::cuda {
 struct TapSums {
   Divisor lanes, lane_groups, groups, splits;
   int walkers;
-  bool one_launch;  // the blocks of all splits are a cluster and write the filter; else parts to the workspace
+  bool one_launch;        // the blocks of all splits are a cluster and write the filter; else parts to the workspace
   Divisor tiles, strips;  // of an image
   uint32_t units;         // of a group
   int strip_rows;
