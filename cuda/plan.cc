@@ -566,19 +566,20 @@ double EstimateTapProducts(const Problem& p, const TapProductsTile& tile, bool o
   const double blocks = std::ceil(p.channels / (8 * chunks)) * p.groups * tile.splits;
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 3) waves = std::ceil(waves);
-  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
   const double tiles = std::ceil(CeilDiv(p.images_per_group(), tile.images) * strips * stretches / tile.splits);
 
   const double own_copies = copies / threads;
-  const double latency = 1170 + 296 * turns + 10.6 * own_copies;
-  const double issue = (370 + 91 * turns + 35 * own_copies) * chunks * walkers * active / 4;
-  const double shared_cycles = (17.2 * chunks * pairs + 0.51 * copies * (tile.chunks == 1 ? 2.46 : 1)) * active;
-  const double compute = waves * (tiles * std::max({latency, issue, shared_cycles}) + 2680 + 2.5 * walkers * taps +
-                                  30.7 * stage / threads);
-  const double memory = 2.0 * (p.x_elements() + p.y_elements()) / (17.0 * device.multiprocessors);
-  const double parts = one_launch ? (tile.splits > 1 ? 3730 : 0)
-                                  : 2920 + 1.42 * tile.splits * p.filter_elements() / device.multiprocessors;
-  return 2250 + parts + std::max(compute, memory) + 0.45 * std::min(compute, memory);
+  const double latency = 1170 + 254 * turns + 21 * own_copies;
+  const double issue = (370 + 72 * turns + 30 * own_copies) * chunks * walkers * active / 4;
+  const double shared_cycles = (29 * chunks * pairs + 0.51 * copies * (tile.chunks == 1 ? 2 : 1)) * active;
+  const double compute =
+      (one_launch && tile.splits > 1 ? 1.07 : 1) * waves *
+      (tiles * std::max({latency, issue, shared_cycles}) + 2630 + 2.5 * walkers * taps + 32 * stage / threads);
+  const double memory = 2.0 * (p.x_elements() + p.y_elements()) / (15.5 * device.multiprocessors);
+  const double parts = one_launch ? (tile.splits > 1 ? 2470 : 0)
+                                  : 2780 + 1.96 * tile.splits * p.filter_elements() / device.multiprocessors;
+  return 2650 + parts + std::max(compute, memory) + 0.41 * std::min(compute, memory);
 }
 
 template <class Visit>
