@@ -26,7 +26,7 @@ namespace dwsconv::cuda {
 constexpr int kTapProductsThreads = 512, kTapProductsStages = 2;  // threads: at most
 constexpr int kSlotChannels = 8, kSlotBytes = 16, kUnitTerms = 4;
 
-// Which pixels the four lanes with neighbouring terms of a product have in a unit, kDistance being 1 or the stride.
+// Which pixels of a unit the four lanes have that share a row or column of a product.
 enum class Lanes { kNear, kFar, kPaired };  // 0 2 4 6, 0 4 8 12 or 0 2 8 10
 
 template <Lanes kLanes>
@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
 
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t shared_address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-
   int4* const table = reinterpret_cast<int4*>(shared + kTapProductsStages * m.stage_slots * kSlotBytes);
 
   // Copies a tile of x or g: the threads of a row have neighbouring chunks, then neighbouring pixels.
@@ -197,9 +196,10 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
           uint32_t image = index < units ? index : 0;
           const int unit = m.units_wide.Take(image), row = first + m.unit_rows[of].Take(image) * kStride;
           const int x_pixel = (image * m.x.period + row) * m.x.pitch + unit * kUnit * kStride;
-          const int g_row = (index < units ? image : m.images) * m.g.period + m.lead + (row + m.first_parity) / kStride;
+          const int row_of_g =
+              (index < units ? image : m.images) * m.g.period + m.lead + (row + m.first_parity) / kStride;
           reinterpret_cast<int2*>(table + of * m.pairs[0])[index] = {
-              x_pixel * chunks * kSlotBytes, (m.x_slots + (g_row * m.g.pitch + unit * kUnit) * chunks) * kSlotBytes};
+              x_pixel * chunks * kSlotBytes, (m.x_slots + (row_of_g * m.g.pitch + unit * kUnit) * chunks) * kSlotBytes};
         }
       }
       continue;
@@ -258,9 +258,9 @@ __global__ void __launch_bounds__(kTapProductsThreads, 1)
       even = own[0] + own[3];
       odd = own[1] + __shfl_down_sync(0xffffffff, own[2], 1);
     } else {
-      constexpr int kLanes = kNextSet * kStride / 2;
-      even = own[0] + __shfl_down_sync(0xffffffff, own[2], kLanes);
-      odd = own[1] + __shfl_down_sync(0xffffffff, own[3], kLanes);
+      constexpr int kDistance = kNextSet * kStride / 2;
+      even = own[0] + __shfl_down_sync(0xffffffff, own[2], kDistance);
+      odd = own[1] + __shfl_down_sync(0xffffffff, own[3], kDistance);
     }
     if constexpr (kSets == 4) {
       const float next_even = __shfl_down_sync(0xffffffff, odd, 16), next_odd = __shfl_down_sync(0xffffffff, even, 17);

@@ -10,18 +10,17 @@
 
 namespace dwsconv::cuda {
 
-// x or g: the sizes of an image, its distances in elements, and how a tile of it lies in shared memory, where the unit
-// is a slot of 16 bytes.
+// x or g: the sizes of an image, its distances in elements, and how a tile of it lies in shared memory.
 struct TapProductsSide {
   int h, w, row_step;
   int64_t image_step;
   int rows, skipped_rows;  // of an image in a tile: those copied, and before them those that are always zero
-  int begin, end, needed;  // pixels of a row that are copied, and of these the first that the tile does not need
+  int begin, end, needed;  // pixels of a row that are copied, those from `needed` on as zeros
   int period, pitch;       // rows from one image to the next, pixels from one row to the next
   Divisor lanes;           // threads that copy one row
-  Divisor row_groups;      // and rows that are copied side by side,
-  int image_groups;        // in so many images
-  int pixel_groups;
+  Divisor row_groups;      // rows and images that are copied side by side
+  int image_groups;
+  int pixel_groups;  // pixels of a row that are copied side by side
 };
 
 struct TapProducts {
@@ -35,13 +34,14 @@ struct TapProducts {
   int images_per_group;
   TapProductsSide x, g;
   int pad_top, pad_left;
-  int lead, first_g_row, first_parity;  // rows of g above the one that meets a row of x; of the first tile
+  int lead;                       // rows of g above the lowest one that a row of x meets
+  int first_g_row, first_parity;  // of the first tile
   int channels;
   int kernel_h, stride, dilation_h;
   Divisor kernel_w, dilation_w;
   Divisor units_wide, unit_rows[2];  // unit_rows, pairs: of even and odd rows of x with stride 2
   int pairs[2];
-  int x_slots, stage_slots;
+  int x_slots, stage_slots;  // of 16 bytes
   Strides filter;
   bool filter_is_float;
 };
