@@ -570,16 +570,16 @@ double EstimateTapProducts(const Problem& p, const TapProductsTile& tile, bool o
   const double tiles = std::ceil(CeilDiv(p.images_per_group(), tile.images) * strips * stretches / tile.splits);
 
   const double own_copies = copies / threads;
-  const double latency = 1170 + 254 * turns + 21 * own_copies;
-  const double issue = (370 + 72 * turns + 30 * own_copies) * chunks * walkers * active / 4;
-  const double shared_cycles = (29 * chunks * pairs + 0.51 * copies * (tile.chunks == 1 ? 2 : 1)) * active;
-  const double compute =
-      (one_launch && tile.splits > 1 ? 1.07 : 1) * waves *
-      (tiles * std::max({latency, issue, shared_cycles}) + 2630 + 2.5 * walkers * taps + 32 * stage / threads);
-  const double memory = 2.0 * (p.x_elements() + p.y_elements()) / (15.5 * device.multiprocessors);
-  const double parts = one_launch ? (tile.splits > 1 ? 2470 : 0)
-                                  : 2780 + 1.96 * tile.splits * p.filter_elements() / device.multiprocessors;
-  return 2650 + parts + std::max(compute, memory) + 0.41 * std::min(compute, memory);
+  const double issue = (393 + 78 * turns + 30 * own_copies) * chunks * walkers / 4;  // of one block
+  const double latency = 929 + 188 * turns + 50 * own_copies + 0.2 * issue;
+  const double shared_cycles = 29 * chunks * pairs + 0.54 * copies * (tile.chunks == 1 ? 1.84 : 1);
+  const double compute = (one_launch && tile.splits > 1 ? 1.18 : 1) * waves *
+                         (tiles * std::max(latency, std::max(issue, shared_cycles) * active) + 2580 +
+                          2 * walkers * taps + 26 * stage / threads);
+  const double memory = 2.0 * (p.x_elements() + p.y_elements()) / (19.3 * device.multiprocessors);
+  const double parts = one_launch ? (tile.splits > 1 ? 2010 : 0)
+                                  : 3130 + 1.83 * tile.splits * p.filter_elements() / device.multiprocessors;
+  return 2640 + parts + std::max(compute, memory) + 0.46 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -610,7 +610,7 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
     for (int64_t splits : {1, 2, 4, 8}) {
       if (splits <= most_splits && OneLaunch(splits, device)) visit_splits(splits, true);
     }
-    for (int64_t blocks : {1, 2, 4, 6}) {  // for every multiprocessor
+    for (int64_t blocks : {1, 2, 3, 4, 6}) {  // for every multiprocessor
       const int64_t splits =
           std::min(std::max<int64_t>(1, blocks * device.multiprocessors / blocks_per_split), most_splits);
       if (splits != last && !OneLaunch(splits, device)) visit_splits(splits, false);
