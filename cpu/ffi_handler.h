@@ -1,4 +1,4 @@
-// What the three CPU handlers share.
+// What the CPU handlers share.
 #ifndef JAX_DWSCONV_CPU_FFI_HANDLER_H_
 #define JAX_DWSCONV_CPU_FFI_HANDLER_H_
 
@@ -12,6 +12,11 @@ namespace dwsconv::cpu {
 
 using Kernel = bool (*)(const Problem&, const void*, const void*, void*, Parallel&);
 
+inline xla::ffi::Error NoInstance(const char* op) {
+  return xla::ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) +
+                                          ": no CPU kernel for this combination of dtypes");
+}
+
 // Decodes the operator whose input, filter and output are these buffers, and runs it on its operands a and b.
 inline xla::ffi::Error RunKernel(const char* op, Kernel kernel, xla::ffi::ThreadPool pool,
                                  const xla::ffi::Dictionary& attrs, const xla::ffi::AnyBuffer& x,
@@ -22,11 +27,8 @@ inline xla::ffi::Error RunKernel(const char* op, Kernel kernel, xla::ffi::Thread
   if (!problem) return problem.error();
   if (result.element_count() == 0) return xla::ffi::Error::Success();
   PoolParallel parallel(pool);
-  if (!kernel(*problem, a.untyped_data(), b.untyped_data(), result.untyped_data(), parallel)) {
-    return xla::ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) +
-                                            ": no CPU kernel for this combination of dtypes");
-  }
-  return xla::ffi::Error::Success();
+  const bool has_instance = kernel(*problem, a.untyped_data(), b.untyped_data(), result.untyped_data(), parallel);
+  return has_instance ? xla::ffi::Error::Success() : NoInstance(op);
 }
 
 }  // namespace dwsconv::cpu

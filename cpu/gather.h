@@ -3,6 +3,7 @@
 #define JAX_DWSCONV_CPU_GATHER_H_
 
 #include "cpu/axis.h"
+#include "cpu/epilogue.h"
 #include "cpu/filter.h"
 #include "cpu/parallel.h"
 #include "cpu/staged_columns.h"
@@ -22,6 +23,8 @@ struct Gather {
   Strides source, result;
   bool channels_last;
   const Axis &rows, &cols;
+  const Epilogue* epilogue = nullptr;  // of a convolution, for the results that begin at y
+  const void* y = nullptr;
 
   int64_t filter_channels() const { return result_channels * fold; }
   int64_t macs_per_row() const {
@@ -53,6 +56,60 @@ class RowTaps {
   Buffer<const A*> filter_;
 };
 
+// ---- What follows the sums ----
+
+// Results of a channel, next to one another in memory.
+template <class A, class R>
+__attribute__((noinline)) void StoreFinishedRow(const Gather& g, const A* sums, int64_t count, int64_t c, R* result) {
+  constexpr int64_t kVector = kLanes<A>;
+  const Epilogue& e = *g.epilogue;
+  const A scale = e.scale ? static_cast<const A*>(e.scale)[c] : A(1);
+  const A bias = e.bias ? static_cast<const A*>(e.bias)[c] : A(0);
+  const R* residual = e.residual ? static_cast<const R*>(e.residual) + (result - static_cast<const R*>(g.y)) : nullptr;
+  int64_t q = 0;
+  for (; q + kVector <= count; q += kVector) {
+    Vec<A> value = Load<A>(sums + q) * scale + bias;
+    if (residual) value += Load<A>(residual + q);
+    Store<A>(result + q, Activate<A>(e.activation, value));
+  }
+  if (q == count) return;
+  Vec<A> value = LoadPart<A>(sums + q, count - q) * scale + bias;
+  if (residual) value += LoadPart<A>(residual + q, count - q);
+  StorePart<A>(result + q, Activate<A>(e.activation, value), count - q);
+}
+
+// Vectors of channels, of results that are `pitch` elements apart.
+template <class A, class R>
+__attribute__((noinline)) void StoreFinishedColumns(const Gather& g, const Vec<A>* sums, int64_t count, int64_t pitch,
+                                                    int64_t c, R* result) {
+  const Epilogue& e = *g.epilogue;
+  const Vec<A> scale = e.scale ? Load<A>(static_cast<const A*>(e.scale) + c) : Vec<A>{} + A(1);
+  const Vec<A> bias = e.bias ? Load<A>(static_cast<const A*>(e.bias) + c) : Vec<A>{};
+  const R* residual = e.residual ? static_cast<const R*>(e.residual) + (result - static_cast<const R*>(g.y)) : nullptr;
+  for (int64_t t = 0; t < count; ++t) {
+    Vec<A> value = sums[t] * scale + bias;
+    if (residual) value += Load<A>(residual + t * pitch);
+    Store<A>(result + t * pitch, Activate<A>(e.activation, value));
+  }
+}
+
+// The first `count` sums, those of neighbouring columns of one phase, go to result[c] and so on.
+template <class A, class R, int kColumns>
+DWSCONV_INLINE void StoreColumns(const Gather& g, const Vec<A> (&sum)[kColumns], int64_t count, int64_t c, R* result) {
+  const int64_t pitch = g.cols.phases() * g.result.w;
+  if (g.epilogue) {
+    Vec<A> copy[kColumns];  // the sums themselves stay in registers
+#pragma GCC unroll 16
+    for (int t = 0; t < kColumns; ++t) copy[t] = sum[t];
+    StoreFinishedColumns<A>(g, copy, count, pitch, c, result + c);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kColumns; ++t) {
+    if (t < count) Store<A>(result + t * pitch + c, sum[t]);
+  }
+}
+
 // ---- NHWC: lanes along the channels ----
 
 // kColumns neighbouring results of one phase times one vector of channels, all taps inside the image.
@@ -71,23 +128,22 @@ DWSCONV_INLINE void InteriorTile(const Gather& g, const RowTaps<A, S>& taps, int
       for (int t = 0; t < kColumns; ++t) sum[t] += weight * Load<A>(p + t * column);
     }
   }
-#pragma GCC unroll 16
-  for (int t = 0; t < kColumns; ++t) Store<A>(result + t * g.cols.phases() * g.result.w + c, sum[t]);
+  StoreColumns<A>(g, sum, kColumns, c, result);
 }
 
 // The same for one result at the border, where some taps fall outside.
 template <class A, class S, class R>
 void BorderTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64_t q, int64_t c, R* result) {
-  Vec<A> sum = {};
+  Vec<A> sum[1] = {};
   for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
     const int64_t column = q * g.cols.step() + g.cols.offset(j);
     if (column < 0 || column >= g.source_w) continue;
     for (int64_t i = 0; i < taps.count(); ++i) {
-      sum += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) *
-             Load<A>(taps.source(i) + column * g.source.w + c);
+      sum[0] += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) *
+                Load<A>(taps.source(i) + column * g.source.w + c);
     }
   }
-  Store<A>(result + c, sum);
+  StoreColumns<A>(g, sum, 1, c, result);
 }
 
 // The taps of one phase along the width, where they read neighbouring source columns: in the order of these.
@@ -141,10 +197,7 @@ DWSCONV_INLINE void ReusingTile(const Gather& g, const RowTaps<A, S>& taps, cons
       for (int t = 0; t < kTileColumns; ++t) sum[t] += weight * in[t * kStep + j];
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < kTileColumns; ++t) {
-    if (t < count) Store<A>(result + t * g.cols.phases() * g.result.w + c, sum[t]);
-  }
+  StoreColumns<A>(g, sum, count, c, result);
 }
 
 template <class A, class S, class R, int kTaps, int kStep>
@@ -197,7 +250,11 @@ void OneElement(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
       }
     }
   }
-  StoreOne<A>(result + c, sum);
+  if (g.epilogue) {
+    StoreFinishedRow<A>(g, &sum, 1, c, result + c);
+  } else {
+    StoreOne<A>(result + c, sum);
+  }
 }
 
 template <class A, class S, class R>
@@ -303,6 +360,10 @@ void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t chann
     for (int64_t phase = 0; phase < phases; ++phase) {
       const A* sum = sums.get() + ((row - first) * phases + phase) * padded;
       R* to = plane + row * g.result.h + phase;
+      if (g.epilogue) {
+        StoreFinishedRow<A>(g, sum, g.cols.results(phase), channel, to);  // a convolution has one phase
+        continue;
+      }
       for (int64_t q = 0; q < g.cols.results(phase); ++q) StoreOne<A>(to + q * phases, sum[q]);
     }
   }

@@ -11,6 +11,6 @@
 namespace dwsconv::cpu::DWSCONV_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, GradInput, GradFilter};
+const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, FusedForward, GradInput, GradFilter};
 
 }  // namespace dwsconv::cpu::DWSCONV_ISA

@@ -7,12 +7,13 @@
 
 namespace dwsconv::cpu {
 
-// Each operator takes its two operands and the result in the order of its name's definition (see
+// Each operator takes its operands and the result in the order of its name's definition (see
 // jax_dwsconv/primitives.py) and returns false where it has no instance for the dtypes. Results do not depend on the
 // number of threads.
 struct Kernels {
   const char* isa;
   bool (*forward)(const Problem&, const void* x, const void* filter, void* y, Parallel&);
+  bool (*fused_forward)(const Problem&, const Epilogue&, const void* x, const void* filter, void* y, Parallel&);
   bool (*grad_input)(const Problem&, const void* y_cotangent, const void* filter, void* x_cotangent, Parallel&);
   bool (*grad_filter)(const Problem&, const void* x, const void* y_cotangent, void* filter_cotangent, Parallel&);
 };

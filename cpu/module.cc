@@ -14,6 +14,7 @@ NB_MODULE(_cpu, m) {
         const auto capsule = [](auto* symbol) { return nb::capsule(reinterpret_cast<void*>(symbol)); };
         nb::dict handlers;
         handlers["forward"] = capsule(dwsconv::cpu::Forward);
+        handlers["fused_forward"] = capsule(dwsconv::cpu::FusedForward);
         handlers["grad_input"] = capsule(dwsconv::cpu::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cpu::GradFilter);
         handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);

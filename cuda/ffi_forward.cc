@@ -1,6 +1,5 @@
 #include "cuda/ffi_problem.h"
 #include "cuda/handlers.h"
-#include "cuda/kernels.h"
 #include "cuda/launch.h"
 
 namespace dwsconv::cuda {
@@ -12,13 +11,9 @@ static ffi::Error ForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Diction
   const auto problem = DecodeProblem("forward", attrs, x, filter, *y);
   if (!problem) return problem.error();
   if (y->element_count() == 0) return ffi::Error::Success();
-  const auto device = DescribeDevice(ordinal);
-  if (!device) return device.error();
-  const void* const source = x.untyped_data();
-  void* const result = y->untyped_data();
-  const PassPlan plan = PlanPass(*problem, /*forward=*/true, *device, Alignment(source, result), ForcedTile(attrs));
-  const bool has_instance = LaunchForward(*problem, plan, source, filter.untyped_data(), result, stream);
-  return FinishLaunch("forward", has_instance, stream);
+  return PlanAndLaunch("forward", ordinal, attrs,
+                       {*problem, /*forward=*/true, Epilogue{}, x.untyped_data(), filter.untyped_data(),
+                        y->untyped_data(), stream});
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Forward, ForwardImpl,

@@ -1,6 +1,5 @@
 #include "cuda/ffi_problem.h"
 #include "cuda/handlers.h"
-#include "cuda/kernels.h"
 #include "cuda/launch.h"
 
 namespace dwsconv::cuda {
@@ -12,13 +11,9 @@ static ffi::Error GradInputImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   const auto problem = DecodeProblem("grad_input", attrs, *x, filter, g);
   if (!problem) return problem.error();
   if (x->element_count() == 0) return ffi::Error::Success();
-  const auto device = DescribeDevice(ordinal);
-  if (!device) return device.error();
-  const void* const source = g.untyped_data();
-  void* const result = x->untyped_data();
-  const PassPlan plan = PlanPass(*problem, /*forward=*/false, *device, Alignment(source, result), ForcedTile(attrs));
-  const bool has_instance = LaunchGradInput(*problem, plan, source, filter.untyped_data(), result, stream);
-  return FinishLaunch("grad_input", has_instance, stream);
+  return PlanAndLaunch("grad_input", ordinal, attrs,
+                       {*problem, /*forward=*/false, Epilogue{}, g.untyped_data(), filter.untyped_data(),
+                        x->untyped_data(), stream});
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GradInput, GradInputImpl,

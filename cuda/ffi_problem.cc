@@ -1,6 +1,6 @@
 #include "cuda/ffi_problem.h"
 
-#include <cstddef>
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -40,6 +40,16 @@ std::string NewerVersion(const ffi::Dictionary& attrs) {
   return "this program needs jax-dwsconv " + std::string(*since) + " or newer";
 }
 
+std::optional<Activation> ActivationOf(std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "hard_swish") return Activation::kHardSwish;
+  return std::nullopt;
+}
+
 bool AllWithin(Dims values, int64_t low, int64_t high) {
   for (int64_t value : values) {
     if (value < low || value > high) return false;
@@ -65,14 +75,15 @@ std::string_view ForcedTile(const ffi::Dictionary& attrs) {
 }
 
 ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& attrs, const ffi::AnyBuffer& x,
-                                    const ffi::AnyBuffer& filter, const ffi::AnyBuffer& y) {
+                                    const ffi::AnyBuffer& filter, const ffi::AnyBuffer& y,
+                                    std::size_t further_attributes) {
   const auto strides = attrs.get<Dims>("strides");
   const auto padding = attrs.get<Dims>("padding");
   const auto dilation = attrs.get<Dims>("dilation");
   const auto layout = attrs.get<std::string_view>("layout");
   const auto filter_layout = attrs.get<std::string_view>("filter_layout");
   if (!strides || !padding || !dilation || !layout || !filter_layout ||
-      attrs.size() != kAttributeCount + (ForcedTile(attrs).empty() ? 0 : 1)) {
+      attrs.size() != kAttributeCount + further_attributes + (ForcedTile(attrs).empty() ? 0 : 1)) {
     return Invalid(op, "the attributes must be strides, padding, dilation, layout, filter_layout and since; " +
                            NewerVersion(attrs));
   }
@@ -129,6 +140,35 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
       p.out_w == OutputSize(p.in_w, (*padding)[2], (*padding)[3], p.kernel_w, p.stride_w, p.dilation_w);
   if (!sizes_agree) return Invalid(op, "the sizes do not describe one convolution: " + shapes);
   return p;
+}
+
+ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const ffi::Dictionary& attrs, const ffi::AnyBuffer& scale,
+                                      const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual,
+                                      const ffi::AnyBuffer& y) {
+  constexpr std::string_view kOp = "fused_forward";
+  const auto name = attrs.get<std::string_view>("activation");
+  const auto activation = name ? ActivationOf(*name) : std::nullopt;
+  if (!activation) {
+    return Invalid(kOp, "activation must be one of none, relu, relu6, silu, gelu, hard_swish; " + NewerVersion(attrs));
+  }
+  const auto accumulator = y.element_type() == ffi::F64 ? ffi::F64 : ffi::F32;
+  for (const auto* vector : {&scale, &bias}) {
+    const Dims dims = vector->dimensions();
+    if (dims.size() != 1 || (dims[0] != 0 && dims[0] != p.out_channels()) || vector->element_type() != accumulator) {
+      return Invalid(kOp, "scale and bias must be float32, or float64 where the output is, of shape (0,) or (" +
+                              std::to_string(p.out_channels()) + ",); got " + Show(dims));
+    }
+  }
+  const Dims rd = residual.dimensions(), yd = y.dimensions();
+  const bool like_y = std::equal(rd.begin(), rd.end(), yd.begin(), yd.end());
+  if (!(like_y || (rd.size() == 1 && rd[0] == 0)) || residual.element_type() != y.element_type()) {
+    return Invalid(kOp,
+                   "residual must have the output's dtype and its shape " + Show(yd) + ", or (0,); got " + Show(rd));
+  }
+  const auto data = [](const ffi::AnyBuffer& buffer) {
+    return buffer.element_count() == 0 ? nullptr : buffer.untyped_data();
+  };
+  return Epilogue{data(scale), data(bias), data(residual), *activation};
 }
 
 static ffi::Error NeedsNewerVersionImpl(ffi::Dictionary attrs, ffi::RemainingArgs, ffi::RemainingRets) {

@@ -2,6 +2,7 @@
 #ifndef JAX_DWSCONV_CUDA_FFI_PROBLEM_H_
 #define JAX_DWSCONV_CUDA_FFI_PROBLEM_H_
 
+#include <cstddef>
 #include <string_view>
 
 #include "cuda/problem.h"
@@ -14,11 +15,18 @@ namespace dwsconv {
 //   strides int64[2], padding int64[4] (top, bottom, left, right), dilation int64[2],
 //   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW",
 //   since: the version of the package that introduced this list of attributes and operands.
-// One may be there besides: see ForcedTile.
+// One may be there besides: see ForcedTile. `further_attributes` is how many more the operator itself requires.
 // `op` names the operator in error messages. Every size that a kernel reads is checked here.
 xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs,
                                          const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter,
-                                         const xla::ffi::AnyBuffer& y);
+                                         const xla::ffi::AnyBuffer& y, std::size_t further_attributes = 0);
+
+// The epilogue of fused_forward for a problem whose result is y. scale, bias: (C * multiplier) of float32, of float64
+// where y is; residual: like y. An operand of shape (0,) is not there. One further attribute: `activation`, "none",
+// "relu", "relu6", "silu", "gelu" or "hard_swish".
+xla::ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const xla::ffi::Dictionary& attrs,
+                                           const xla::ffi::AnyBuffer& scale, const xla::ffi::AnyBuffer& bias,
+                                           const xla::ffi::AnyBuffer& residual, const xla::ffi::AnyBuffer& y);
 
 // The attribute `tile`, for experiments: the text of the plan to be used where it is possible (cuda/plan.h). Empty
 // where there is none; the CPU handlers ignore it.

@@ -3,9 +3,9 @@
 #define JAX_DWSCONV_CUDA_GATHER_CUH_
 
 #include <cstdint>
-#include <limits>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/problem.h"
 
 namespace dwsconv::cuda {
@@ -75,31 +75,21 @@ __device__ float GatherGradInput(const Problem& p, const Y* g, const F* filter, 
 }
 
 template <bool kForward, class Index, class S, class F, class R>
-__global__ void GatherKernel(const __grid_constant__ Problem p, const S* __restrict__ source,
-                             const F* __restrict__ filter, R* __restrict__ result) {
+__global__ void GatherKernel(const __grid_constant__ Problem p, const __grid_constant__ FusedEpilogue epilogue,
+                             const S* __restrict__ source, const F* __restrict__ filter, R* __restrict__ result) {
   const Index count = kForward ? p.y_elements() : p.x_elements();
   const Index step = static_cast<Index>(gridDim.x) * blockDim.x;
   for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    float sum;
     if constexpr (kForward) {
-      sum = GatherForward(p, source, filter, Locate<Index>(i, p.channels_last, p.out_h, p.out_w, p.out_channels()));
+      const Position at = Locate<Index>(i, p.channels_last, p.out_h, p.out_w, p.out_channels());
+      const float sum[] = {GatherForward(p, source, filter, at)};
+      StoreResults<Along::kChannels>(epilogue, result, i, static_cast<int>(at.c), sum);
     } else {
-      sum = GatherGradInput(p, source, filter, Locate<Index>(i, p.channels_last, p.in_h, p.in_w, p.channels));
+      const Position at = Locate<Index>(i, p.channels_last, p.in_h, p.in_w, p.channels);
+      result[i] = FromFloat<R>(GatherGradInput(p, source, filter, at));
     }
-    result[i] = FromFloat<R>(sum);
     if (count - i <= step) break;  // i + step could wrap around
   }
-}
-
-template <bool kForward, class S, class F, class R>
-void LaunchGather(const Problem& p, const void* source, const void* filter, void* result, cudaStream_t stream) {
-  constexpr int64_t kThreads = 256, kMostBlocks = std::numeric_limits<int32_t>::max();
-  const int64_t count = kForward ? p.y_elements() : p.x_elements();
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  const auto kernel = count <= std::numeric_limits<uint32_t>::max() ? GatherKernel<kForward, uint32_t, S, F, R>
-                                                                    : GatherKernel<kForward, uint64_t, S, F, R>;
-  kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
-      p, static_cast<const S*>(source), static_cast<const F*>(filter), static_cast<R*>(result));
 }
 
 }  // namespace dwsconv::cuda

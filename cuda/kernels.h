@@ -4,21 +4,32 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "cuda/plan.h"
 #include "cuda/problem.h"
 
 namespace dwsconv::cuda {
 
-// Each enqueues its work on the stream and returns false where it has no instance for the dtypes. Buffers must not be
-// empty. Launch errors are left for cudaGetLastError.
-bool LaunchForward(const Problem& p, const PassPlan& plan, const void* x, const void* filter, void* y,
-                   cudaStream_t stream);
-bool LaunchGradInput(const Problem& p, const PassPlan& plan, const void* g, const void* filter, void* x,
-                     cudaStream_t stream);
+// forward with what follows it, else grad_input.
+struct PassCall {
+  Problem problem;
+  bool forward;
+  Epilogue epilogue;
+  const void* source;  // x, or g
+  const void* filter;
+  void* result;  // y, or the gradient by x
+  cudaStream_t stream;
+};
 
-// The largest power of two, up to 16, of which both addresses are multiples.
-inline int64_t Alignment(const void* a, const void* b) {
-  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | 16;
+// The launchers enqueue their work on the stream and return false where there is no instance for the dtypes. Buffers
+// must not be empty. Launch errors are left for cudaGetLastError.
+bool LaunchPass(const PassCall& call, const PassPlan& plan);
+
+// The largest power of two, up to 16, of which all addresses are multiples. Null is one of everything.
+template <class... Pointers>
+int64_t Alignment(Pointers... addresses) {
+  const uintptr_t bits = (uintptr_t{16} | ... | reinterpret_cast<uintptr_t>(addresses));
   return static_cast<int64_t>(bits & (~bits + 1));
 }
 

@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "cuda/ffi_problem.h"
+
 namespace dwsconv::cuda {
 namespace {
 
@@ -31,6 +33,14 @@ ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
   }
   device.capability = 10 * major + minor;
   return device;
+}
+
+ffi::Error PlanAndLaunch(const char* op, int ordinal, const ffi::Dictionary& attrs, const PassCall& call) {
+  const auto device = DescribeDevice(ordinal);
+  if (!device) return device.error();
+  const int64_t alignment = Alignment(call.source, call.filter, call.result, call.epilogue.residual);
+  const PassPlan plan = PlanPass(call.problem, call.forward, *device, alignment, ForcedTile(attrs));
+  return FinishLaunch(op, LaunchPass(call, plan), call.stream);
 }
 
 ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// What the three CUDA handlers share around a launch.
+// What the CUDA handlers share around a launch.
 #ifndef JAX_DWSCONV_CUDA_LAUNCH_H_
 #define JAX_DWSCONV_CUDA_LAUNCH_H_
 
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -13,6 +14,10 @@ namespace dwsconv::cuda {
 
 // The facts that the planner needs about the device with this ordinal.
 xla::ffi::ErrorOr<Device> DescribeDevice(int ordinal);
+
+// Plans forward or grad_input for this device and launches it: what their handlers do once they know the operands. The
+// result must not be empty.
+xla::ffi::Error PlanAndLaunch(const char* op, int ordinal, const xla::ffi::Dictionary& attrs, const PassCall& call);
 
 // Turns what a launcher returned, and the error of its launches, into the handler's answer. `op` names the operator.
 xla::ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream);

@@ -7,6 +7,8 @@
 #include <type_traits>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/filter_taps.cuh"
 #include "cuda/march.h"
 #include "cuda/row.cuh"
 
@@ -33,37 +35,6 @@ __device__ MarchThread LocateThread(const March& m) {
   t.image = rest;
   t.channel = (group * m.lanes.value + lane) * kVector;
   return t;
-}
-
-// The 16-bit type among the two, if there is one: a filter that is not float has it.
-template <class X, class Y>
-using Narrower = std::conditional_t<(sizeof(X) < sizeof(Y)), X, Y>;
-
-template <class F, int kH, int kW, int kVector>
-__device__ void LoadFilter(const March& m, const MarchThread& t, const void* filter, float (&taps)[kH][kW][kVector]) {
-  const int64_t offset =
-      (m.images_per_group == 0 ? 0 : t.image / m.images_per_group) * m.filter.n + t.channel * m.filter.c;
-#pragma unroll
-  for (int i = 0; i < kH; ++i) {
-#pragma unroll
-    for (int j = 0; j < kW; ++j) {
-      const int64_t tap =
-          offset + (m.mirrored ? kH - 1 - i : i) * m.filter.h + (m.mirrored ? kW - 1 - j : j) * m.filter.w;
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const int64_t at = tap + v * m.filter.c;
-        taps[i][j][v] =
-            m.filter_is_float ? static_cast<const float*>(filter)[at] : ToFloat(static_cast<const F*>(filter)[at]);
-      }
-    }
-  }
-}
-
-template <class Y, int kVector>
-__device__ __forceinline__ void StoreVector(Y* p, const float (&values)[kVector]) {
-  Packed<Y, kVector> out;
-  out.Pack(values);
-  *reinterpret_cast<Packed<Y, kVector>*>(p) = out;
 }
 
 // Adds one source row times one filter row to kTile neighbouring results.
@@ -119,7 +90,7 @@ __global__ void __launch_bounds__(kMarchThreads)
 #pragma unroll
   for (int a = 0; a < kAhead; ++a) LoadRow(m.source, image, begin + a, first_column, inside, ahead[a]);
   float taps[kH][kW][kVector];
-  LoadFilter<Narrower<X, Y>>(m, t, filter, taps);
+  LoadFilter<Narrower<X, Y>>(m, t.image, t.channel, filter, taps);
 
   float sums[kLast + 1][kTile][kVector] = {};
   for (int row = begin; row < end;) {
@@ -134,7 +105,8 @@ __global__ void __launch_bounds__(kMarchThreads)
         if (row - begin >= kH - 1) {
 #pragma unroll
           for (int b = 0; b < kTile; ++b) {
-            if (b < columns_left) StoreVector(out + b * pixel, sums[kLast][b]);
+            if (b >= columns_left) continue;
+            StoreResults<Along::kChannels>(m.epilogue, result, out - result + b * pixel, t.channel, sums[kLast][b]);
           }
           out += m.result.step.h;
         }
@@ -203,7 +175,7 @@ __global__ void __launch_bounds__(kMarchThreads)
 #pragma unroll
   for (int a = 0; a < kAhead; ++a) LoadRow(m.source, image, begin + a, first_column, inside, ahead[a]);
   float taps[kK][kK][kVector];
-  LoadFilter<Narrower<X, Y>>(m, t, filter, taps);
+  LoadFilter<Narrower<X, Y>>(m, t.image, t.channel, filter, taps);
 
   float sums[kK][kWide][kVector] = {};  // the last two are always zero
   for (int row = begin; row < end;) {

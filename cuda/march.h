@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/correlation.h"
 #include "cuda/divisor.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
@@ -12,44 +13,23 @@ namespace dwsconv::cuda {
 
 constexpr int kMarchThreads = 128;
 
-// x or y: the sizes of an image, and the distances between neighbours.
-struct Grid {
-  int h, w;
-  Strides step;
-};
-
-// `source` is what is read (x, or g for grad_input), `result` what is written.
-struct March {
+struct March : Correlation {
   int64_t threads;
   Divisor lanes, lane_groups, tiles, strips;
   int strip_rows;
-  Grid source, result;
-  Strides filter;
-  int64_t images_per_group;  // 0: one filter for all images
-  int pad_top, pad_left;
-  bool filter_is_float, mirrored;
 };
 
 // What a launch needs besides the kernel.
 struct MarchCall {
+  const PassCall& pass;
   March march;
   MarchTile tile;
-  int kernel_h, kernel_w;
-  Dtype source_dtype, result_dtype;
-  const void *source, *filter;
-  void* result;
-  cudaStream_t stream;
 };
 
-// What the tile makes of the problem: forward, else grad_input.
-March DescribeMarch(const Problem& p, const MarchTile& tile, bool forward);
+March DescribeMarch(const PassCall& call, const MarchTile& tile);
 
-Grid InputGrid(const Problem& p);   // of x
-Grid OutputGrid(const Problem& p);  // of y
-
-// forward, else grad_input. Returns false where there is no instance for the dtypes.
-bool LaunchMarch(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-                 void* result, cudaStream_t stream);
+// Returns false where there is no instance for the dtypes.
+bool LaunchMarch(const PassCall& call, const MarchTile& tile);
 
 // Their kernels are in files of their own: it is most of what there is to compile.
 bool LaunchMarchStride1(const MarchCall& call);

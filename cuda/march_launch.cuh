@@ -19,9 +19,10 @@ struct Int {
 // whether it has such an instance.
 template <class Visit>
 bool WithMarchTile(const MarchCall& call, const Visit& visit) {
+  const Problem& p = call.pass.problem;
 #define DWSCONV_TRY(kH, kW, kVector, kColumns, kAhead)                                                              \
-  if (call.kernel_h == kH && call.kernel_w == kW && call.tile.vector == kVector && call.tile.columns == kColumns && \
-      call.tile.ahead == kAhead) {                                                                                  \
+  if (p.kernel_h == kH && p.kernel_w == kW && call.tile.vector == kVector && call.tile.columns == kColumns && \
+      call.tile.ahead == kAhead) {                                                                            \
     return visit(Int<kH>{}, Int<kW>{}, Int<kVector>{}, Int<kColumns>{}, Int<kAhead>{});                             \
   }
   DWSCONV_MARCH_TILES(DWSCONV_TRY)
@@ -39,14 +40,18 @@ constexpr bool HasMarchInstance(int kernel_h, int kernel_w, int vector, int colu
 template <class S, class R>
 void LaunchMarchKernel(void (*kernel)(March, const S*, const void*, R*), const MarchCall& call) {
   const auto blocks = static_cast<unsigned>((call.march.threads + kMarchThreads - 1) / kMarchThreads);
-  kernel<<<blocks, kMarchThreads, 0, call.stream>>>(call.march, static_cast<const S*>(call.source), call.filter,
-                                                    static_cast<R*>(call.result));
+  const PassCall& pass = call.pass;
+  kernel<<<blocks, kMarchThreads, 0, pass.stream>>>(call.march, static_cast<const S*>(pass.source), pass.filter,
+                                                    static_cast<R*>(pass.result));
 }
 
 // Calls launch(Type<source>, Type<result>) where the dtypes of the call are these.
 template <class S, class R, class Launch>
 bool IfDtypes(const MarchCall& call, Dtype source, Dtype result, const Launch& launch) {
-  return call.source_dtype == source && call.result_dtype == result && launch(Type<S>{}, Type<R>{});
+  const Problem& p = call.pass.problem;
+  const bool forward = call.pass.forward;
+  return source == (forward ? p.x_dtype : p.y_dtype) && result == (forward ? p.y_dtype : p.x_dtype) &&
+         launch(Type<S>{}, Type<R>{});
 }
 
 }  // namespace dwsconv::cuda

@@ -3,9 +3,10 @@
 namespace dwsconv::cuda {
 namespace {
 
-MarchPlanes Describe(const Problem& p, bool forward, const MarchTile& tile) {
+MarchPlanes Describe(const PassCall& call, const MarchTile& tile) {
+  const Problem& p = call.problem;
   MarchPlanes m{};
-  m.march = DescribeMarch(p, tile, forward);
+  m.march = DescribeMarch(call, tile);
   const auto tiles = static_cast<uint32_t>(p.in_w / tile.columns);
   m.tiles = Divisor(tiles);
   m.channels = Divisor(static_cast<uint32_t>(p.channels));
@@ -15,15 +16,15 @@ MarchPlanes Describe(const Problem& p, bool forward, const MarchTile& tile) {
 }
 
 template <class T>
-bool LaunchFor(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-               void* result, cudaStream_t stream) {
-  const MarchPlanes m = Describe(p, forward, tile);
+bool LaunchFor(const PassCall& call, const MarchTile& tile) {
+  const MarchPlanes m = Describe(call, tile);
   const uint32_t warps = (m.units + m.rows_per_warp - 1) / m.rows_per_warp, per_block = kMarchThreads / 32;
-#define DWSCONV_TRY(kK, kTile, kAhead)                                                                          \
-  if (p.kernel_h == kK && tile.columns == kTile && tile.ahead == kAhead) {                                      \
-    MarchPlanesKernel<T, kK, kTile, kAhead><<<(warps + per_block - 1) / per_block, kMarchThreads, 0, stream>>>( \
-        m, static_cast<const T*>(source), filter, static_cast<T*>(result));                                     \
-    return true;                                                                                                \
+  const uint32_t blocks = (warps + per_block - 1) / per_block;
+#define DWSCONV_TRY(kK, kTile, kAhead)                                                            \
+  if (call.problem.kernel_h == kK && tile.columns == kTile && tile.ahead == kAhead) {             \
+    MarchPlanesKernel<T, kK, kTile, kAhead><<<blocks, kMarchThreads, 0, call.stream>>>(           \
+        m, static_cast<const T*>(call.source), call.filter, static_cast<T*>(call.result));        \
+    return true;                                                                                  \
   }
   DWSCONV_MARCH_PLANES_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY
@@ -32,12 +33,11 @@ bool LaunchFor(const Problem& p, bool forward, const MarchTile& tile, const void
 
 }  // namespace
 
-bool LaunchMarchPlanes(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-                       void* result, cudaStream_t stream) {
-  switch (p.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(p, forward, tile, source, filter, result, stream);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(p, forward, tile, source, filter, result, stream);
-    case Dtype::kF16: return LaunchFor<Float16>(p, forward, tile, source, filter, result, stream);
+bool LaunchMarchPlanes(const PassCall& call, const MarchTile& tile) {
+  switch (call.problem.x_dtype) {
+    case Dtype::kF32: return LaunchFor<float>(call, tile);
+    case Dtype::kBF16: return LaunchFor<BFloat16>(call, tile);
+    case Dtype::kF16: return LaunchFor<Float16>(call, tile);
     default: return false;
   }
 }

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMarchThreads)
 #pragma unroll
   for (int a = 0; a < kAhead; ++a) ahead[a] = load(a);
   float taps[kK][kK][1];
-  LoadFilter<T>(m.march, t, filter, taps);
+  LoadFilter<T>(m.march, t.image, t.channel, filter, taps);
 
   float sums[kK][kTile][1] = {};
   for (int step = 0; step < steps;) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMarchThreads)
           float done[kTile];
 #pragma unroll
           for (int b = 0; b < kTile; ++b) done[b] = sums[kK - 1][b][0];
-          StoreVector(out, done);
+          StoreResults<Along::kPositions>(m.march.epilogue, result, out - result, t.channel, done);
         }
         out += m.march.result.step.h;
       }

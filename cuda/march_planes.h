@@ -17,9 +17,8 @@ struct MarchPlanes {
   uint32_t rows_per_warp, units;
 };
 
-// forward, else grad_input. Returns false where there is no instance.
-bool LaunchMarchPlanes(const Problem& p, bool forward, const MarchTile& tile, const void* source, const void* filter,
-                       void* result, cudaStream_t stream);
+// Returns false where there is no instance for the dtypes.
+bool LaunchMarchPlanes(const PassCall& call, const MarchTile& tile);
 
 }  // namespace dwsconv::cuda
 

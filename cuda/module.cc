@@ -40,6 +40,7 @@ NB_MODULE(_cuda, m) {
         const auto capsule = [](auto* symbol) { return nb::capsule(reinterpret_cast<void*>(symbol)); };
         nb::dict handlers;
         handlers["forward"] = capsule(dwsconv::cuda::Forward);
+        handlers["fused_forward"] = capsule(dwsconv::cuda::FusedForward);
         handlers["grad_input"] = capsule(dwsconv::cuda::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cuda::GradFilter);
         handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);

@@ -86,6 +86,13 @@ struct Packed<BFloat16, 1> : PackedOne<BFloat16> {};
 template <>
 struct Packed<Float16, 1> : PackedOne<Float16> {};
 
+template <class Y, int kVector>
+__device__ __forceinline__ void StoreVector(Y* p, const float (&values)[kVector]) {
+  Packed<Y, kVector> out;
+  out.Pack(values);
+  *reinterpret_cast<Packed<Y, kVector>*>(p) = out;
+}
+
 }  // namespace dwsconv::cuda
 
 #endif  // JAX_DWSCONV_CUDA_PACKED_CUH_

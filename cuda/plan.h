@@ -41,11 +41,9 @@ struct ToeplitzTile {
 // threads. NCHW has vectors of one. Kernels of one row or column are for one spatial dimension, with stride 1.
 // clang-format off
 #define DWSCONV_MARCH_TILES(M) \
-  M(3, 3, 1, 4, 4) M(3, 3, 1, 7, 2) M(3, 3, 2, 4, 2) M(3, 3, 2, 4, 4) M(3, 3, 2, 7, 2) M(3, 3, 4, 2, 2) M(3, 3, 4, 4, 2) \
-  M(3, 3, 1, 1, 4) M(3, 3, 1, 2, 4) \
-  M(5, 5, 1, 4, 2) M(5, 5, 1, 4, 4) M(5, 5, 1, 7, 2) M(5, 5, 2, 2, 2) M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) \
-  M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) \
-  M(7, 7, 1, 4, 2) M(7, 7, 1, 7, 2) M(7, 7, 2, 2, 2) M(7, 7, 2, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) \
+  M(3, 3, 2, 4, 2) M(3, 3, 2, 7, 2) M(3, 3, 4, 4, 2) M(3, 3, 1, 7, 2) M(3, 3, 1, 1, 4) \
+  M(5, 5, 2, 4, 2) M(5, 5, 2, 7, 2) M(5, 5, 1, 7, 2) M(5, 5, 1, 1, 4) M(5, 5, 1, 2, 2) \
+  M(7, 7, 2, 4, 2) M(7, 7, 1, 4, 2) M(7, 7, 1, 1, 2) M(7, 7, 1, 2, 2) \
   M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(3, 1, 4, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(4, 1, 4, 1, 4) \
   M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) M(5, 1, 4, 1, 4) \
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
@@ -54,16 +52,55 @@ struct ToeplitzTile {
 // The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
 // clang-format off
 #define DWSCONV_MARCH_PLANES_TILES(M) \
-  M(3, 4, 4) M(3, 4, 2) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4) M(7, 4, 4)
+  M(3, 4, 4) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4)
 // clang-format on
+
+// forward and grad_input of small problems (burst.cuh): a thread has `vector` channels of a tile of `columns` times
+// `rows` results (in the input gradient of stride 2: pairs of rows and columns), and loads all that it needs at once.
+struct BurstTile {
+  int vector, columns, rows;
+
+  friend bool operator==(const BurstTile& a, const BurstTile& b) {
+    return a.vector == b.vector && a.columns == b.columns && a.rows == b.rows;
+  }
+};
+
+// The (kernel size, vector, columns, rows) that are compiled. NCHW has vectors of one.
+// clang-format off
+#define DWSCONV_BURST_TILES(M) \
+  M(3, 2, 4, 2) M(3, 4, 2, 2) M(3, 1, 2, 2) M(3, 1, 1, 4) \
+  M(5, 2, 4, 2) M(5, 2, 2, 2) M(5, 1, 2, 2) M(5, 1, 1, 4) \
+  M(7, 1, 4, 4) M(7, 1, 4, 2) M(7, 1, 1, 4)
+// clang-format on
+
+// Mixed types have the tile that most layers take.
+constexpr bool HasBurstInstance(bool one_type, int vector, int columns, int rows) {
+  return one_type || (vector * columns * rows == 16 && columns == 4);
+}
+
+// forward and grad_input of every window that is not both strided and dilated (slide.cuh): a thread has `vector`
+// channels of kResults results along the height, else along the width.
+struct SlideTile {
+  static constexpr int kResults = 4;
+  int vector;
+  bool along_height;
+};
+
+// Along an axis, how many interleaved sequences of results there are in which the window moves on by one step of the
+// source from one result to the next.
+constexpr int64_t SlidePhases(int64_t stride, int64_t dilation, bool forward) {
+  return stride == 1 ? dilation : forward ? 1 : stride;
+}
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
-  enum class Kernel { kGather, kMarch, kMarchPlanes, kToeplitz };  // gather.cuh takes everything and has no estimate
+  enum class Kernel { kGather, kMarch, kMarchPlanes, kToeplitz, kBurst, kSlide };  // gather.cuh takes everything and has no estimate
   Kernel kernel = Kernel::kGather;
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
   ToeplitzTile toeplitz{};
+  BurstTile burst{};
+  SlideTile slide{};
   double cycles = 0;
 
   std::string Text() const;  // such as "march:2x4x2x28"

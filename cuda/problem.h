@@ -41,6 +41,7 @@ struct Problem {
   Strides filter;  // n: group, h, w: tap, c: output channel. Serves HWIO and OIHW order without a transpose.
 
   Dtype x_dtype, filter_dtype, y_dtype;
+  bool has_residual;  // see Epilogue
 
   DWSCONV_HOST_DEVICE int64_t out_channels() const { return channels * multiplier; }
   DWSCONV_HOST_DEVICE int64_t images_per_group() const { return batch / groups; }
@@ -53,6 +54,18 @@ struct Problem {
   DWSCONV_HOST_DEVICE int64_t input_channel(int64_t out_channel) const {
     return multiplier == 1 ? out_channel : out_channel / multiplier;
   }
+};
+
+enum class Activation : uint8_t { kNone, kRelu, kRelu6, kSilu, kGelu, kHardSwish };
+
+// What follows the sums of forward: y = activation(sum * scale + bias + residual), rounded once. Null: not there.
+struct Epilogue {
+  const void* scale = nullptr;                // (out_channels) of float, or of double where y is double
+  const void* bias = nullptr;                 // the same
+  const void* residual = nullptr;             // like y, of y's dtype
+  Activation activation = Activation::kNone;  // kGelu is the tanh form
+
+  bool empty() const { return !scale && !bias && !residual && activation == Activation::kNone; }
 };
 
 }  // namespace dwsconv

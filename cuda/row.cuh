@@ -1,8 +1,8 @@
-// What the marching kernels do with a row of pixels.
+// What the kernels do with a row of pixels.
 #ifndef JAX_DWSCONV_CUDA_ROW_CUH_
 #define JAX_DWSCONV_CUDA_ROW_CUH_
 
-#include "cuda/march.h"
+#include "cuda/correlation.h"
 #include "cuda/packed.cuh"
 
 namespace dwsconv::cuda {

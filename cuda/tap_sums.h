@@ -4,8 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/correlation.h"
 #include "cuda/divisor.h"
-#include "cuda/march.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
 

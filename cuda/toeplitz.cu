@@ -9,7 +9,9 @@ namespace {
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int kK, Pass kPass>
-Toeplitz Describe(const Problem& p, const ToeplitzTile& tile, bool forward) {
+Toeplitz Describe(const PassCall& call, const ToeplitzTile& tile) {
+  const Problem& p = call.problem;
+  const bool forward = call.forward;
   using S = ToeplitzShape<kK, kPass>;
   Toeplitz m{};
   m.source_h = static_cast<int>(forward ? p.in_h : p.out_h);
@@ -30,6 +32,8 @@ Toeplitz Describe(const Problem& p, const ToeplitzTile& tile, bool forward) {
   m.mirrored = !forward && !S::kGradient2;
   m.pad_top = static_cast<int>(m.mirrored ? p.kernel_h - 1 - p.pad_top : p.pad_top);
   m.pad_left = static_cast<int>(m.mirrored ? (p.kernel_w - 1) * p.dilation_w - p.pad_left : p.pad_left);
+
+  m.epilogue = DescribeEpilogue(call.epilogue);
 
   int64_t rows = m.result_h, columns = m.result_w;
   if (S::kGradient2) {  // pairs of rows and whole pairs of columns, in padded coordinates
@@ -55,31 +59,25 @@ Toeplitz Describe(const Problem& p, const ToeplitzTile& tile, bool forward) {
   return m;
 }
 
-struct Operands {
-  const void *source, *filter;
-  void* result;
-};
-
 template <class T, int kK, Pass kPass, int kBlock>
-void Launch(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands, cudaStream_t stream) {
+void Launch(const PassCall& call, const ToeplitzTile& tile) {
   using Memory = ToeplitzMemory<kK, kPass, kBlock>;
-  const Toeplitz m = Describe<kK, kPass>(p, tile, forward);
+  const Toeplitz m = Describe<kK, kPass>(call, tile);
   const int shared = Memory(m).end;
   const auto kernel = ToeplitzKernel<T, kK, kPass, kBlock>;
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   const auto blocks = static_cast<unsigned>(CeilDiv(m.total_segments, m.segments) * m.channel_blocks.value);
-  kernel<<<blocks, Memory::kThreads, shared, stream>>>(m, static_cast<const T*>(operands.source),
-                                                       static_cast<const T*>(operands.filter),
-                                                       static_cast<T*>(operands.result));
+  kernel<<<blocks, Memory::kThreads, shared, call.stream>>>(m, static_cast<const T*>(call.source),
+                                                       static_cast<const T*>(call.filter),
+                                                       static_cast<T*>(call.result));
 }
 
 template <class T, Pass kPass>
-bool LaunchPass(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands,
-                cudaStream_t stream) {
-#define DWSCONV_TRY(kK, kBlock)                                       \
-  if (tile.kernel_size == kK && tile.channels == kBlock) {            \
-    Launch<T, kK, kPass, kBlock>(p, forward, tile, operands, stream); \
-    return true;                                                      \
+bool LaunchBlock(const PassCall& call, const ToeplitzTile& tile) {
+#define DWSCONV_TRY(kK, kBlock)                            \
+  if (tile.kernel_size == kK && tile.channels == kBlock) { \
+    Launch<T, kK, kPass, kBlock>(call, tile);              \
+    return true;                                           \
   }
   DWSCONV_TOEPLITZ_BLOCKS(DWSCONV_TRY)
 #undef DWSCONV_TRY
@@ -87,20 +85,20 @@ bool LaunchPass(const Problem& p, bool forward, const ToeplitzTile& tile, const 
 }
 
 template <class T>
-bool LaunchFor(const Problem& p, bool forward, const ToeplitzTile& tile, const Operands& operands,
-               cudaStream_t stream) {
-  if (p.stride_h == 1) return LaunchPass<T, Pass::kStride1>(p, forward, tile, operands, stream);
-  if (forward) return LaunchPass<T, Pass::kStride2>(p, forward, tile, operands, stream);
-  return LaunchPass<T, Pass::kStride2Gradient>(p, forward, tile, operands, stream);
+bool LaunchFor(const PassCall& call, const ToeplitzTile& tile) {
+  switch (PassOf(call.problem, call.forward)) {
+    case Pass::kStride1: return LaunchBlock<T, Pass::kStride1>(call, tile);
+    case Pass::kStride2: return LaunchBlock<T, Pass::kStride2>(call, tile);
+    case Pass::kStride2Gradient: return LaunchBlock<T, Pass::kStride2Gradient>(call, tile);
+  }
+  return false;
 }
 
 }  // namespace
 
-bool LaunchToeplitz(const Problem& p, bool forward, const ToeplitzTile& tile, const void* source, const void* filter,
-                    void* result, cudaStream_t stream) {
-  const Operands operands{source, filter, result};
-  if (p.x_dtype == Dtype::kBF16) return LaunchFor<BFloat16>(p, forward, tile, operands, stream);
-  return p.x_dtype == Dtype::kF16 && LaunchFor<Float16>(p, forward, tile, operands, stream);
+bool LaunchToeplitz(const PassCall& call, const ToeplitzTile& tile) {
+  if (call.problem.x_dtype == Dtype::kBF16) return LaunchFor<BFloat16>(call, tile);
+  return call.problem.x_dtype == Dtype::kF16 && LaunchFor<Float16>(call, tile);
 }
 
 }  // namespace dwsconv::cuda

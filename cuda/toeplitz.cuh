@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/tensor_core.cuh"
 #include "cuda/toeplitz.h"
@@ -26,8 +27,6 @@ namespace dwsconv::cuda {
 
 constexpr int kToeplitzColumns = ToeplitzTile::kColumns, kToeplitzMarchers = 16, kToeplitzWarpChannels = 4;
 constexpr int kChunk = 8;  // elements in 16 bytes
-
-enum class Pass { kStride1, kStride2, kStride2Gradient };
 
 // Numbers that follow from the pass and the size of the filter. A lane of the matrix product holds the pixels t + 4 * s
 // of a marcher, t its number among four lanes and s < kSlots: any order does, as long as both factors have it.
@@ -143,8 +142,13 @@ __device__ __noinline__ void Repair(const Toeplitz& m, const Segment* segments, 
     for (int c = 0; c < kToeplitzWarpChannels; ++c) {
       const float value = ToFloat(values[c]);
       if (value == value) continue;
-      values[c] = FromFloat<T>(ResultAlone<T, S::kGradient2>(m, source, filter, place.image, place.result_row + row,
-                                                             column, channel + c, S::kStride));
+      float result[] = {ResultAlone<T, S::kGradient2>(m, source, filter, place.image, place.result_row + row, column,
+                                                      channel + c, S::kStride)};
+      if (m.epilogue.present) {
+        ScaleAndShift<Along::kChannels>(m.epilogue, channel + c, result);
+        Activate(m.epilogue, result);
+      }
+      values[c] = FromFloat<T>(result[0]);
     }
   }
 }
@@ -371,11 +375,15 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
       float total = 0;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float values[kChannels] = {done[0][n], done[1][n], done[2][n], done[3][n]};
+        float values[kChannels] = {done[0][n], done[1][n], done[2][n], done[3][n]};
+        total += (values[0] + values[1]) + (values[2] + values[3]);
+        if (!S::kGradient2 && m.epilogue.present && channel < m.channels) {
+          ScaleAndShift<Along::kChannels>(m.epilogue, channel, values);
+          Activate(m.epilogue, values);
+        }
         Packed<T, kChannels> packed;
         packed.Pack(values);
         *reinterpret_cast<Packed<T, kChannels>*>(to + (n / 2 * 64 + n % 2 * 4) * Memory::kPitch) = packed;
-        total += (values[0] + values[1]) + (values[2] + values[3]);
       }
       if (total != total && result_step >= 0) {
         Repair<T, S, Memory::kPitch>(m, segments, source, filter, result_step * S::kResultRows + u, channel, to);

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/correlation.h"
 #include "cuda/divisor.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
@@ -29,11 +30,11 @@ struct Toeplitz {
   int dilation_w;
   int pad_top, pad_left;
   bool mirrored;
+  FusedEpilogue epilogue;
 };
 
-// forward, else grad_input. Returns false where there is no instance for the dtypes.
-bool LaunchToeplitz(const Problem& p, bool forward, const ToeplitzTile& tile, const void* source, const void* filter,
-                    void* result, cudaStream_t stream);
+// Takes no residual. Returns false where there is no instance for the dtypes.
+bool LaunchToeplitz(const PassCall& call, const ToeplitzTile& tile);
 
 }  // namespace dwsconv::cuda
 

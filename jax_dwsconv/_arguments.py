@@ -111,6 +111,16 @@ def channel_vector(name: str, value, channels: int) -> jax.Array | None:
     return array
 
 
+def like_result(name: str, value, shape, dtype) -> jax.Array:
+    """An array of the shape and dtype of the result."""
+    array = floating_array(name, value)
+    if array.shape != tuple(shape):
+        raise ValueError(f"{name} must have the shape of the result, {tuple(shape)}, got {array.shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have the dtype of the result, {dtype}, got {array.dtype}; use astype on it")
+    return array
+
+
 def result_dtype(preferred_element_type, *operands) -> jnp.dtype:
     """The preferred dtype where given, else the promoted dtype of the operands."""
     if preferred_element_type is None:

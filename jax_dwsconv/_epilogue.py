@@ -1,4 +1,7 @@
-"""What follows the convolution: activation(y * scale + bias), in float32 (float64 for float64), rounded once."""
+"""What follows the convolution: activation(y * scale + bias + residual), in float32 (float64 for float64).
+
+It is rounded once. This is how JAX computes it; the native kernels have the same formulas.
+"""
 
 from collections.abc import Callable
 
@@ -45,13 +48,14 @@ def accumulator_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def apply(y: jax.Array, scale, bias, activation: Activation, channel_axis: int, out_dtype) -> jax.Array:
-    """activation(y * scale + bias) rounded to out_dtype, where the activation has a name, else without it.
+def apply(y: jax.Array, scale, bias, residual, activation: Activation, channel_axis: int, out_dtype) -> jax.Array:
+    """activation(y * scale + bias + residual) rounded to out_dtype, where the activation has a name, else without it.
 
     Args:
       y: the sums, in the accumulator dtype.
       scale: (C,) or (), or None.
       bias: (C,) or (), or None.
+      residual: of the shape of y, or None.
       activation: see `activation_name`.
       channel_axis: the axis of y that scale and bias follow.
       out_dtype: of the result.
@@ -62,10 +66,14 @@ def apply(y: jax.Array, scale, bias, activation: Activation, channel_axis: int, 
         y = y * scale.astype(y.dtype).reshape(shape)
     if bias is not None:
         y = y + bias.astype(y.dtype).reshape(shape)
-    name = activation_name(activation)
-    if name is not None:
-        y = _BY_NAME[name](y)
-    return y.astype(out_dtype)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return function(activation_name(activation))(y).astype(out_dtype)
+
+
+def function(name: str | None) -> Callable[[jax.Array], jax.Array]:
+    """The activation of this name, the identity for None."""
+    return _BY_NAME[name] if name else lambda y: y
 
 
 def apply_unnamed(y: jax.Array, activation: Activation) -> jax.Array:
@@ -84,6 +92,6 @@ def apply_unnamed(y: jax.Array, activation: Activation) -> jax.Array:
     return result
 
 
-def is_empty(scale, bias, activation: Activation) -> bool:
+def is_empty(scale, bias, residual, activation: Activation) -> bool:
     """Whether there is nothing to compute in the accumulator dtype."""
-    return scale is None and bias is None and activation_name(activation) is None
+    return scale is None and bias is None and residual is None and activation_name(activation) is None

@@ -128,7 +128,7 @@ def depthwise_conv(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     ).astype(_epilogue.accumulator_dtype(out_dtype))
-    y = _epilogue.apply(y, None, bias, layer.activation, y.ndim - 1, out_dtype)
+    y = _epilogue.apply(y, None, bias, None, layer.activation, y.ndim - 1, out_dtype)
     return _epilogue.apply_unnamed(y, layer.activation)
 
 

@@ -180,11 +180,14 @@ def depthwise_conv1d(
     dilation: int | tuple[int] = 1,
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
+    residual: jax.Array | None = None,
     activation: Activation = None,
     data_format: str | None = None,
     preferred_element_type=None,
 ) -> jax.Array:
-    """Depthwise convolution over one spatial dimension: activation(conv(x, kernel) * scale + bias), rounded once.
+    """Depthwise convolution over one spatial dimension, and what follows it, in one kernel.
+
+    The result is activation(conv(x, kernel) * scale + bias + residual), rounded once.
 
     Args:
       x: (..., W, C), or (..., C, W) with data_format="NCW"; any number of batch dimensions, none included.
@@ -196,6 +199,7 @@ def depthwise_conv1d(
       dilation: distance between the taps.
       bias: (C * multiplier,) or (), or None.
       scale: (C * multiplier,) or (), or None.
+      residual: of the shape and dtype of the result, or None. It is added before the activation.
       activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The
         functions of `jax.nn` with these names are recognised; any other is applied to the rounded result.
       data_format: "NWC" (the default) or "NCW".
@@ -206,10 +210,10 @@ def depthwise_conv1d(
 
     Raises:
       ValueError: shapes, padding, data_format or the activation's name do not fit; the message names the argument.
-      TypeError: a dtype is not floating, or an argument is of the wrong type.
+      TypeError: a dtype is not floating, the residual's is not the result's, or an argument is of the wrong type.
     """
     return depthwise(
-        x, kernel, 1, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type
+        x, kernel, 1, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type, residual
     )
 
 
@@ -222,11 +226,14 @@ def depthwise_conv2d(
     dilation: int | tuple[int, int] = 1,
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
+    residual: jax.Array | None = None,
     activation: Activation = None,
     data_format: str | None = None,
     preferred_element_type=None,
 ) -> jax.Array:
-    """Depthwise convolution over two spatial dimensions: activation(conv(x, kernel) * scale + bias), rounded once.
+    """Depthwise convolution over two spatial dimensions, and what follows it, in one kernel.
+
+    The result is activation(conv(x, kernel) * scale + bias + residual), rounded once.
 
     Args:
       x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW"; any number of batch dimensions, none included.
@@ -237,6 +244,7 @@ def depthwise_conv2d(
       dilation: distance between the taps, an int or (height, width).
       bias: (C * multiplier,) or (), or None.
       scale: (C * multiplier,) or (), or None.
+      residual: of the shape and dtype of the result, or None. It is added before the activation.
       activation: None, "relu", "relu6", "silu", "gelu" (tanh form), "hard_swish", or a function of one array. The
         functions of `jax.nn` with these names are recognised; any other is applied to the rounded result.
       data_format: "NHWC" (the default) or "NCHW".
@@ -247,10 +255,10 @@ def depthwise_conv2d(
 
     Raises:
       ValueError: shapes, padding, data_format or the activation's name do not fit; the message names the argument.
-      TypeError: a dtype is not floating, or an argument is of the wrong type.
+      TypeError: a dtype is not floating, the residual's is not the result's, or an argument is of the wrong type.
     """
     return depthwise(
-        x, kernel, 2, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type
+        x, kernel, 2, strides, padding, dilation, bias, scale, activation, data_format, preferred_element_type, residual
     )
 
 
@@ -316,6 +324,7 @@ def depthwise(
     activation,
     data_format,
     preferred_element_type,
+    residual=None,
     *,
     transposed=False,
     prefix="",
@@ -330,8 +339,6 @@ def depthwise(
     channels = kernel.shape[-1]
     scale = _arguments.channel_vector(f"{prefix}scale", scale, channels)
     bias = _arguments.channel_vector(f"{prefix}bias", bias, channels)
-    plain = _epilogue.is_empty(scale, bias, activation)
-
     spatial = slice(-rank - 1, -1) if data_format[-1] == "C" else slice(-rank, None)
     kernel_size = kernel.shape[:rank]
     if transposed:
@@ -339,17 +346,16 @@ def depthwise(
     else:
         pairs = _arguments.padding_pairs(padding, x.shape[spatial], kernel_size, strides, dilation)
     batch = x.shape[: -rank - 1]
-    y = (_convolve_transposed if transposed else _convolve)(
-        x.reshape(math.prod(batch), *x.shape[-rank - 1 :]),
-        jnp.squeeze(kernel, rank),
-        strides,
-        pairs,
-        dilation,
-        data_format,
-        "HWO",
-        out_dtype if plain else _epilogue.accumulator_dtype(out_dtype),
-    )
-    y = _epilogue.apply(y, scale, bias, activation, data_format.index("C"), out_dtype)
+    x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
+    operands = x, jnp.squeeze(kernel, rank), strides, pairs, dilation, data_format, "HWO"
+    if _epilogue.is_empty(scale, bias, residual, activation):
+        y = (_convolve_transposed if transposed else _convolve)(*operands, out_dtype)
+    elif transposed:
+        y = _convolve_transposed(*operands, _epilogue.accumulator_dtype(out_dtype))
+        y = _epilogue.apply(y, scale, bias, None, activation, data_format.index("C"), out_dtype)
+    else:
+        name = _epilogue.activation_name(activation)
+        y = _convolve_fused(*operands, out_dtype, scale, bias, residual, name, batch)
     return _epilogue.apply_unnamed(y.reshape(*batch, *y.shape[1:]), activation)
 
 
@@ -398,6 +404,36 @@ def _transpose_padding(padding, kernel_size, strides, dilation):
 def _convolve(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
     x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     y = primitives.forward(x, kernel, window=window, out_dtype=out_dtype)
+    return _drop_height(y, data_format)
+
+
+def _convolve_fused(
+    x,
+    kernel,
+    strides,
+    padding,
+    dilation,
+    data_format,
+    filter_layout,
+    out_dtype,
+    scale,
+    bias,
+    residual,
+    activation,
+    batch,
+):
+    """Scale and bias may be scalars. The residual has the batch dimensions `batch`, which in x are one."""
+    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    channels, accumulator = kernel.shape[window.filter_channel_axis], _epilogue.accumulator_dtype(out_dtype)
+    scale, bias = (v if v is None else jnp.broadcast_to(v.astype(accumulator), (channels,)) for v in (scale, bias))
+    if residual is not None:
+        size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
+        shape = window.activation_shape(x.shape[0], size, channels)
+        public = [n for n, axis in zip(shape, window.layout, strict=True) if axis in data_format]
+        residual = _arguments.like_result("residual", residual, (*batch, *public[1:]), out_dtype).reshape(shape)
+    y = primitives.fused_forward(
+        x, kernel, scale, bias, residual, window=window, activation=activation, out_dtype=out_dtype
+    )
     return _drop_height(y, data_format)
 
 

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from jax_dwsconv import _config, _native
+from jax_dwsconv import _config, _native, reference
 from jax_dwsconv._geometry import Window
 from jax_dwsconv.partitioning import Operator
 
@@ -53,26 +53,30 @@ def _common_dtype(*dtypes):
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, a, b, *, window, out_dtype, **params):
+def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, *operands, window, out_dtype, **params):
     """Lowers to the native kernel, by way of a common dtype where none is compiled for this combination, else to lax.
 
-    `roles` says which of (a, b, result) are the input, the filter and the output of the forward convolution.
+    `roles` says which of the first two operands and the result are the input, the filter and the output of the forward
+    convolution.
     """
     dtypes = (ctx.avals_in[0].dtype, ctx.avals_in[1].dtype, out_dtype)
     if reason := _why_lax(platform, dtypes):
         _config.fall_back(reason)
         in_lax = functools.partial(in_lax, window=window, out_dtype=out_dtype, **params)
-        return mlir.lower_fun(in_lax, multiple_results=False)(ctx, a, b)
+        return mlir.lower_fun(in_lax, multiple_results=False)(ctx, *operands)
     if not _has_instance(*(dtypes[role] for role in roles)):
         common = _common_dtype(*dtypes)
 
-        def convert(a, b):
-            y = primitive.bind(a.astype(common), b.astype(common), window=window, out_dtype=common, **params)
-            return y.astype(out_dtype)
+        def convert(*operands):
+            operands = (x.astype(common) for x in operands)
+            return primitive.bind(*operands, window=window, out_dtype=common, **params).astype(out_dtype)
 
-        return mlir.lower_fun(convert, multiple_results=False)(ctx, a, b)
-    forced = {"tile": tile} if platform == "cuda" and (tile := _config.forced_tile()) else {}
-    return _EMIT[platform, op](ctx, a, b, **_attributes(op, window), **forced)
+        return mlir.lower_fun(convert, multiple_results=False)(ctx, *operands)
+    further = {"tile": tile} if platform == "cuda" and (tile := _config.forced_tile()) else {}
+    if op == "fused_forward":
+        ctx, operands = _with_empty(ctx, operands, params["parts"], out_dtype)
+        further["activation"] = params["activation"] or "none"
+    return _EMIT[platform, op](ctx, *operands, **_attributes(op, window), **further)
 
 
 def _why_lax(platform: str, dtypes) -> str | None:
@@ -93,16 +97,29 @@ def _is_for_another_machine(platform: str) -> bool:
         return True
 
 
-def _emit_plain(op: str, ctx, a, b, **attributes):
-    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, a, b, **attributes)
+def _with_empty(ctx, operands, parts, out_dtype):
+    """The operands of fused_forward, with an array of no elements for each of those that it does not have."""
+    avals, values = list(ctx.avals_in[:2]), list(operands[:2])
+    given = dict(zip(parts, zip(ctx.avals_in[2:], operands[2:], strict=True), strict=True))
+    for part in reference.PARTS:
+        dtype = out_dtype if part == "residual" else _common_dtype(out_dtype)
+        empty = np.zeros((0,), dtype)
+        aval, value = given.get(part) or (jax.typeof(empty), mlir.ir_constant(empty))
+        avals.append(aval)
+        values.append(value)
+    return ctx.replace(avals_in=avals), values
 
 
-def _emit_with_workspace(op: str, ctx, a, b, **attributes):
+def _emit_plain(op: str, ctx, *operands, **attributes):
+    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, *operands, **attributes)
+
+
+def _emit_with_workspace(op: str, ctx, *operands, **attributes):
     """The call returns a workspace as a second result, which is dropped here."""
     (result,) = ctx.avals_out
     workspace = result.update(shape=workspace_shape(result.shape), dtype=np.dtype(np.float32))
     ctx = ctx.replace(avals_out=[result, workspace])
-    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, a, b, **attributes)[:1]
+    return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, *operands, **attributes)[:1]
 
 
 def workspace_shape(filter_shape) -> tuple:
@@ -119,6 +136,7 @@ def workspace_shape(filter_shape) -> tuple:
 _EMIT = {
     **{("cpu", op): functools.partial(_emit_plain, op) for op in _native.TARGETS},
     ("cuda", "forward"): functools.partial(_emit_plain, "forward"),
+    ("cuda", "fused_forward"): functools.partial(_emit_plain, "fused_forward"),
     ("cuda", "grad_input"): functools.partial(_emit_plain, "grad_input"),
     ("cuda", "grad_filter"): functools.partial(_emit_with_workspace, "grad_filter"),
 }

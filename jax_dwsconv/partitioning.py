@@ -24,15 +24,28 @@ Axes = tuple[str, ...]
 
 
 class Operator(NamedTuple):
-    """What the operands and the result of an operator are in the forward convolution: "x", "kernel" or "y"."""
+    """What the operands and the result of an operator are in the forward convolution.
+
+    Attributes:
+      name: of the operator.
+      roles: "x", "kernel" or "y", or for what follows the sums "scale", "bias" (vectors of output channels) or
+        "residual" (like y). The result's comes last.
+    """
 
     name: str
-    roles: tuple[str, str, str]
+    roles: tuple[str, ...]
+
+    def of(self, params: dict) -> "Operator":
+        """The operator with the operands that `params` adds to the first two."""
+        return self._replace(roles=(*self.roles[:2], *params.get("parts", ()), self.roles[-1]))
 
     @property
     def sums_over_batch(self) -> bool:
         """Whether shards of the batch give partial sums."""
-        return self.roles[2] == "kernel"
+        return self.roles[-1] == "kernel"
+
+
+_VECTORS = ("scale", "bias")
 
 
 class Division(NamedTuple):
@@ -47,6 +60,8 @@ class Division(NamedTuple):
         batch, channels = self.batch or None, self.channels or None
         if role == "kernel":
             return PartitionSpec(*window.filter_shape(batch if self.grouped else None, (None, None), channels))
+        if role in _VECTORS:
+            return PartitionSpec(channels)
         return PartitionSpec(*window.activation_shape(batch, (None, None), channels))
 
 
@@ -59,24 +74,28 @@ def _axes(spec, dimension: int) -> Axes:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _dimensions(role: str, window: Window) -> tuple[int, int]:
-    """Where an operand has its batch (or its filters) and its channels."""
-    return 0, window.filter_channel_axis if role == "kernel" else window.channel_axis
+def _dimensions(role: str, window: Window, groups) -> tuple[int | None, int]:
+    """Where an operand has its batch (or its filters, where there are several) and its channels."""
+    if role in _VECTORS:
+        return None, 0
+    if role == "kernel":
+        return 0 if groups > 1 else None, window.filter_channel_axis
+    return 0, window.channel_axis
 
 
 def _divide(operator: Operator, params: dict, shapes, specs, axis_sizes: dict[str, int]) -> Division:
     """The division that fits the operands' shardings best; what does not divide evenly is not divided."""
-    window, roles = params["window"], operator.roles[:2]
+    window, roles = params["window"], operator.roles[:-1]
     groups = _groups(operator, shapes, params)
     batch, channels = (), ()
     for role, spec in zip(roles, specs, strict=True):
-        batch_at, channels_at = _dimensions(role, window)
-        if role != "kernel" or groups > 1:
+        batch_at, channels_at = _dimensions(role, window, groups)
+        if batch_at is not None:
             batch = batch or _axes(spec, batch_at)
         channels = channels or _axes(spec, channels_at)
     channels = tuple(axis for axis in channels if axis not in batch)
     images = shapes[0][0] if groups == 1 else groups
-    smallest_channels = min(s[_dimensions(r, window)[1]] for r, s in zip(roles, shapes, strict=True))
+    smallest_channels = min(s[_dimensions(r, window, groups)[1]] for r, s in zip(roles, shapes, strict=True))
     if "x" not in roles:
         smallest_channels //= params["multiplier"]
     batch = batch if images % _count(batch, axis_sizes) == 0 else ()
@@ -88,14 +107,14 @@ def _count(axes: Axes, axis_sizes: dict[str, int]) -> int:
     return math.prod(axis_sizes[axis] for axis in axes)
 
 
-def _run_shard(operator: Operator, run: Callable, params: dict, division: Division, shards: int, a, b):
+def _run_shard(operator: Operator, run: Callable, params: dict, division: Division, shards: int, *operands):
     """The operator on one device's shards of its operands. `shards` is how many parts the batch has."""
     if division.grouped and "groups" in params:
         params = {**params, "groups": params["groups"] // shards}
     if not (operator.sums_over_batch and division.batch) or division.grouped:
-        return run(a, b, **params)
+        return run(*operands, **params)
     out_dtype = params["out_dtype"]
-    sums = run(a, b, **{**params, "out_dtype": jnp.promote_types(out_dtype, jnp.float32)})
+    sums = run(*operands, **{**params, "out_dtype": jnp.promote_types(out_dtype, jnp.float32)})
     return lax.psum(sums, division.batch).astype(out_dtype)
 
 
@@ -103,13 +122,13 @@ def _run_shard(operator: Operator, run: Callable, params: dict, division: Divisi
 
 
 def in_auto_mode(operator: Operator, run: Callable) -> Callable:
-    """`run(a, b, **params)` as a function of (a, b, params) that XLA can divide."""
+    """`run(*operands, **params)` as a function of (params, *operands) that XLA can divide."""
 
-    def whole(a, b, params):
-        return run(a, b, **dict(params))
+    def whole(params, *operands):
+        return run(*operands, **dict(params))
 
     whole.__name__ = f"dwsconv_{operator.name}"
-    divisible = custom_partitioning(whole, static_argnums=(2,))
+    divisible = custom_partitioning(whole, static_argnums=(0,))
     divisible.def_partition(
         partition=functools.partial(_partition, operator, run),
         sharding_rule=functools.partial(_sharding_rule, operator),
@@ -122,14 +141,14 @@ def _partition(operator: Operator, run: Callable, params, mesh, operands, result
     params, window = dict(params), dict(params)["window"]
     shardings = [operand.sharding for operand in operands]
     if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
-        return _partition_without_names(operator, run, params, mesh, shardings, result.sharding)
+        return _partition_without_names(operator, run, params, mesh, operands, result)
     specs, shapes = [sharding.spec for sharding in shardings], [operand.shape for operand in operands]
     division = _divide(operator, params, shapes, specs, dict(mesh.shape))
     shards = _count(division.batch, dict(mesh.shape))
     needs, gives = division_specs(operator, division, window)
 
-    def shard(a, b):
-        return _run_shard(operator, run, params, division, shards, a, b)
+    def shard(*operands):
+        return _run_shard(operator, run, params, division, shards, *operands)
 
     return mesh, shard, NamedSharding(mesh, gives), tuple(NamedSharding(mesh, spec) for spec in needs)
 
@@ -140,16 +159,26 @@ def division_specs(operator: Operator, division: Division, window: Window):
     return tuple(needs), gives
 
 
-def _partition_without_names(operator: Operator, run: Callable, params, mesh, shardings, result_sharding):
+def _partition_without_names(operator: Operator, run: Callable, params, mesh, operands, result):
     """Inside a shard_map over some of the axes, XLA gives shardings without names for the others.
 
     No axis can be named in a sum there, so sums over a divided batch are not divided; all else keeps the division that
-    it has.
+    it has, if the shards fit together.
     """
-    if operator.sums_over_batch and any(_divides_batch(sharding) for sharding in shardings):
+    run, shardings, result_sharding = functools.partial(run, **params), [x.sharding for x in operands], result.sharding
+    sums = operator.sums_over_batch and any(_divides_batch(sharding) for sharding in shardings)
+    if sums or not _shards_fit(run, operands, result):
         shardings = [type(s).get_replicated(s._device_assignment) for s in shardings]
         result_sharding = shardings[0]
-    return mesh, functools.partial(run, **params), result_sharding, tuple(shardings)
+    return mesh, run, result_sharding, tuple(shardings)
+
+
+def _shards_fit(run: Callable, operands, result) -> bool:
+    try:
+        shards = [jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in operands]
+        return jax.eval_shape(run, *shards).shape == result.sharding.shard_shape(result.shape)
+    except ValueError:
+        return False
 
 
 def _divides_batch(sharding) -> bool:
@@ -192,7 +221,10 @@ def _sharding_rule(operator: Operator, params, mesh, operand_types, result_types
         "x": window.activation_shape(batch, ("h", "w"), "c"),
         "kernel": window.filter_shape(filters, ("i", "j"), output_channels),
         "y": window.activation_shape(batch, ("y", "z"), output_channels),
+        "scale": (output_channels,),
+        "bias": (output_channels,),
     }
+    dimensions["residual"] = dimensions["y"]
     *operands, result = (" ".join(dimensions[role]) for role in operator.roles)
     rule = f"{', '.join(operands)} -> {result}"
     appearing = list(dict.fromkeys(factor for factor in rule if factor.isalpha()))
@@ -219,12 +251,12 @@ def explicit_mesh(*types):
     return next((mesh for mesh in meshes if not mesh.empty and AxisType.Explicit in mesh.axis_types), None)
 
 
-def result_sharding(operator: Operator, params: dict, a, b):
-    """The sharding in the type of the result, for operands of types a and b."""
-    mesh = explicit_mesh(a, b)
+def result_sharding(operator: Operator, params: dict, *types):
+    """The sharding in the type of the result, for operands of these types."""
+    mesh = explicit_mesh(*types)
     if mesh is None:
-        return a.sharding
-    division = explicit_division(operator, params, mesh, a, b)
+        return types[0].sharding
+    division = explicit_division(operator, params, mesh, *types)
     return NamedSharding(mesh, division_specs(operator, division, params["window"])[1])
 
 
@@ -237,11 +269,11 @@ def explicit_division(operator: Operator, params: dict, mesh, *types) -> Divisio
     window, groups = params["window"], _groups(operator, [t.shape for t in types], params)
     found: dict[str, tuple[str, Axes]] = {}
     for role, operand in zip(operator.roles, types, strict=False):
-        batch_at, channels_at = _dimensions(role, window)
+        batch_at, channels_at = _dimensions(role, window, groups)
         spec = operand.sharding.spec
-        for dimension in range(4):
+        for dimension in range(len(operand.shape)):
             axes = _axes(spec, dimension)
-            is_batch = dimension == batch_at and (role != "kernel" or groups > 1)
+            is_batch = dimension == batch_at
             if axes and not is_batch and dimension != channels_at:
                 raise ValueError(
                     f"{operator.name}: dimension {dimension} of {role} {operand.shape} is sharded over {axes}, but in "
@@ -268,14 +300,14 @@ def explicit_division(operator: Operator, params: dict, mesh, *types) -> Divisio
     return division
 
 
-def in_explicit_mode(operator: Operator, run: Callable, a, b, params: dict) -> jax.Array:
-    """`run(a, b, **params)` for operands whose types have explicit shardings."""
-    types = jax.typeof(a), jax.typeof(b)
+def in_explicit_mode(operator: Operator, run: Callable, operands, params: dict) -> jax.Array:
+    """`run(*operands, **params)` for operands whose types have explicit shardings."""
+    types = [jax.typeof(x) for x in operands]
     mesh = explicit_mesh(*types)
     division = explicit_division(operator, params, mesh, *types)
     needs, gives = division_specs(operator, division, params["window"])
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     shards = _count(division.batch, dict(mesh.shape))
-    operands = (jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip((a, b), needs, strict=True))
+    operands = (jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, needs, strict=True))
     on_shard = functools.partial(_run_shard, operator, run, params, division, shards)
     return jax.shard_map(on_shard, mesh=mesh, in_specs=needs, out_specs=gives, axis_names=explicit)(*operands)

@@ -1,4 +1,4 @@
-"""The three bilinear primitives, and all that JAX needs to know about them.
+"""The three bilinear primitives and the fused one, and all that JAX needs to know about them.
 
 The operators, for a window with its strides, padding and dilation:
 
@@ -6,13 +6,17 @@ The operators, for a window with its strides, padding and dilation:
     grad_input(g, kernel)  -> x         its gradient by the input
     grad_filter(x, g)      -> kernel    its gradient by the filter
 
+    fused_forward(x, kernel, scale, bias, residual)
+        -> activation(forward(x, kernel) * scale + bias + residual), rounded once
+
 Shapes: x is (N, H, W, C) or (N, C, H, W), y and g the same with C * multiplier channels, kernel is
 (G, kh, kw, C * multiplier) or (G, C * multiplier, kh, kw), by `window.layout` and `window.filter_layout`. Output
 channel o reads input channel o // multiplier. Image n uses filter n // (N // G): a mapped filter or per-example
 gradients need no transposed activations.
 
 Dtypes: every operand has its own floating dtype and the result is `out_dtype`; sums are kept in float32 (float64 where
-an operand is float64). A cotangent has the dtype of what it is the cotangent of.
+an operand is float64). A cotangent has the dtype of what it is the cotangent of. What follows the sums is computed in
+float32 (float64 for a float64 result), in which scale and bias are given.
 
 Source of the algorithm: Lu, Zhang, Wang, "Optimizing Depthwise Separable Convolution Operations on GPUs", IEEE TPDS
 33(1), 2022.
@@ -20,6 +24,7 @@ Source of the algorithm: Lu, Zhang, Wang, "Optimizing Depthwise Separable Convol
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -28,7 +33,7 @@ from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_dwsconv import _config, _native, lowering, partitioning, reference
+from jax_dwsconv import _config, _epilogue, _native, lowering, partitioning, reference
 from jax_dwsconv._geometry import Window
 from jax_dwsconv.partitioning import Operator
 
@@ -41,6 +46,29 @@ _LARGEST_SIZE = 2**63 - 1
 def forward(x: jax.Array, kernel: jax.Array, *, window: Window, out_dtype) -> jax.Array:
     """Depthwise convolution of x with kernel; see the module's docstring for shapes and dtypes."""
     return _bind(forward_p, reference.forward, x, kernel, window=window, out_dtype=np.dtype(out_dtype))
+
+
+def fused_forward(x: jax.Array, kernel: jax.Array, scale, bias, residual, *, window: Window, activation, out_dtype):
+    """Depthwise convolution of x with kernel, and what follows it, rounded once.
+
+    Args:
+      x: as for `forward`.
+      kernel: as for `forward`.
+      scale: (C * multiplier,) of float32 (float64 where out_dtype is), or None.
+      bias: the same.
+      residual: of the shape and dtype of the result, or None.
+      window: of the convolution.
+      activation: a name that `_epilogue` knows, or None.
+      out_dtype: of the result.
+    """
+    params = {"window": window, "activation": activation, "out_dtype": np.dtype(out_dtype)}
+    others = {name: a for name, a in zip(reference.PARTS, (scale, bias, residual), strict=True) if a is not None}
+    return _bind_fused_forward(x, kernel, *others.values(), parts=tuple(others), **params)
+
+
+def _bind_fused_forward(*operands, **params):
+    """With `parts`, the names of the operands that follow x and kernel."""
+    return _bind(fused_forward_p, reference.fused_forward, *operands, **params)
 
 
 def grad_input(g: jax.Array, kernel: jax.Array, *, window: Window, input_size, multiplier: int, out_dtype) -> jax.Array:
@@ -71,13 +99,13 @@ def grad_filter(x: jax.Array, g: jax.Array, *, window: Window, kernel_size, grou
     )
 
 
-def _bind(primitive, in_lax, a, b, **params):
+def _bind(primitive, in_lax, *operands, **params):
     if _config.disabled():
-        return in_lax(a, b, **params)
-    a, b = _same_varying_axes(a, b)
-    if partitioning.is_divided_by_types(jax.typeof(a), jax.typeof(b)):
+        return in_lax(*operands, **params)
+    operands = _same_varying_axes(*operands)
+    if partitioning.is_divided_by_types(*map(jax.typeof, operands)):
         primitive = _DIVIDED_BY_TYPES[primitive]
-    return primitive.bind(a, b, **params)
+    return primitive.bind(*operands, **params)
 
 
 def _same_varying_axes(*operands):
@@ -104,6 +132,19 @@ def _forward_shape(x, kernel, *, window: Window, **_):
     _check_groups("forward", kernel.shape[0], x)
     size = window.output_size(window.spatial(x.shape), window.kernel_size(kernel.shape))
     return window.activation_shape(x.shape[0], size, out_channels)
+
+
+def _fused_forward_shape(x, kernel, *others, parts, window: Window, out_dtype, **_):
+    shape = _forward_shape(x, kernel, window=window)
+    vector = (shape[window.channel_axis],), _epilogue.accumulator_dtype(out_dtype)
+    expected = {"scale": vector, "bias": vector, "residual": (shape, out_dtype)}
+    for name, operand in zip(parts, others, strict=True):
+        if (operand.shape, operand.dtype) != expected[name]:
+            raise ValueError(
+                f"fused_forward: {name} must have shape {expected[name][0]} and dtype {expected[name][1]}, got "
+                f"{operand.shape} and {operand.dtype}"
+            )
+    return shape
 
 
 def _grad_input_shape(g, kernel, *, window: Window, input_size, multiplier, **_):
@@ -167,20 +208,21 @@ def _check_dtype(op: str, dtype) -> None:
         raise TypeError(f"{op}: dtypes must be floating point, got {dtype}; use float32, bfloat16, float16 or float64")
 
 
-def _abstract_eval(operator: Operator, shape_rule, a, b, **params):
+def _abstract_eval(operator: Operator, shape_rule, *operands, **params):
     op = operator.name
-    for dtype in (a.dtype, b.dtype, params["out_dtype"]):
+    for dtype in (*(x.dtype for x in operands), params["out_dtype"]):
         _check_dtype(op, dtype)
-    shape = shape_rule(a, b, **params)
-    for dims, dtype in ((a.shape, a.dtype), (b.shape, b.dtype), (shape, params["out_dtype"])):
+    shape = shape_rule(*operands, **params)
+    for dims, dtype in (*((x.shape, x.dtype) for x in operands), (shape, params["out_dtype"])):
         if all(isinstance(d, int) for d in dims) and math.prod(dims) * dtype.itemsize > _LARGEST_SIZE:
             raise ValueError(f"{op}: an array of shape {dims} and dtype {dtype} has more than 2**63 - 1 bytes")
     # Updating an operand's type, not making a new one, keeps the axes over which it varies inside shard_map.
-    sharding = partitioning.result_sharding(operator, params, a, b)
-    return a.update(shape=shape, dtype=params["out_dtype"], weak_type=False, sharding=sharding)
+    sharding = partitioning.result_sharding(operator.of(params), params, *operands)
+    return operands[0].update(shape=shape, dtype=params["out_dtype"], weak_type=False, sharding=sharding)
 
 
 FORWARD = Operator("forward", ("x", "kernel", "y"))
+FUSED_FORWARD = Operator("fused_forward", ("x", "kernel", "y"))
 GRAD_INPUT = Operator("grad_input", ("y", "kernel", "x"))
 GRAD_FILTER = Operator("grad_filter", ("x", "y", "kernel"))
 
@@ -188,12 +230,13 @@ GRAD_FILTER = Operator("grad_filter", ("x", "y", "kernel"))
 def _primitive(name: str, operator: Operator, shape_rule) -> Primitive:
     primitive = Primitive(name)
     primitive.def_abstract_eval(functools.partial(_abstract_eval, operator, shape_rule))
-    params = ("window", "out_dtype", "input_size", "multiplier", "kernel_size", "groups")
+    params = ("window", "out_dtype", "input_size", "multiplier", "kernel_size", "groups", "activation", "parts")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
     return primitive
 
 
 forward_p = _primitive("dwsconv_forward", FORWARD, _forward_shape)
+fused_forward_p = _primitive("dwsconv_fused_forward", FUSED_FORWARD, _fused_forward_shape)
 grad_input_p = _primitive("dwsconv_grad_input", GRAD_INPUT, _grad_input_shape)
 grad_filter_p = _primitive("dwsconv_grad_filter", GRAD_FILTER, _grad_filter_shape)
 
@@ -201,6 +244,7 @@ grad_filter_p = _primitive("dwsconv_grad_filter", GRAD_FILTER, _grad_filter_shap
 # JAX lowers these for a mesh of devices that are not there; to divide the ones above, XLA must know the devices.
 _DIVIDED_BY_TYPES = {
     forward_p: _primitive("dwsconv_forward", FORWARD, _forward_shape),
+    fused_forward_p: _primitive("dwsconv_fused_forward", FUSED_FORWARD, _fused_forward_shape),
     grad_input_p: _primitive("dwsconv_grad_input", GRAD_INPUT, _grad_input_shape),
     grad_filter_p: _primitive("dwsconv_grad_filter", GRAD_FILTER, _grad_filter_shape),
 }
@@ -278,9 +322,51 @@ for _p, *_transposes in (
     ad.defbilinear(_DIVIDED_BY_TYPES[_p], *_transposes)
 
 
+# The value of the fused operator is the same with and without a derivative, to the last bit: its JVP keeps the kernel.
+# The tangent is that of the composition, rounded once. It convolves no zeros, and it recomputes the sums only for the
+# scale and for activations whose slope depends on more than the sign of the value.
+
+
+def _fused_forward_jvp(primals, tangents, *, parts, window, activation, out_dtype):
+    params = {"parts": parts, "window": window, "activation": activation, "out_dtype": out_dtype}
+    y = _bind_fused_forward(*primals, **params)
+    names = ("x", "kernel", *parts)
+    value = dict(zip(names, primals, strict=True))
+    d = {name: t for name, t in zip(names, tangents, strict=True) if not isinstance(t, ad.Zero)}
+    x, kernel, scale, bias, residual = (value.get(name) for name in ("x", "kernel", *reference.PARTS))
+    accumulator = _epilogue.accumulator_dtype(out_dtype)
+    convolve = functools.partial(forward, window=window, out_dtype=accumulator)
+
+    def along_channels(vector):
+        return vector.reshape(window.activation_shape(1, (1, 1), vector.size))
+
+    terms = [convolve(d["x"], kernel)] if "x" in d else []
+    terms += [convolve(x, d["kernel"])] if "kernel" in d else []
+    if scale is not None:
+        terms = [term * along_channels(scale) for term in terms]
+    needs_sums = "scale" in d or activation not in (None, "relu")
+    sums = convolve(x, kernel) if needs_sums else None
+    terms += [sums * along_channels(d["scale"])] if "scale" in d else []
+    terms += [along_channels(d["bias"])] if "bias" in d else []
+    terms += [d["residual"].astype(accumulator)] if "residual" in d else []
+    dy = jnp.broadcast_to(functools.reduce(jnp.add, terms), y.shape)
+    if activation == "relu":
+        dy = jnp.where(y > 0, dy, 0)
+    elif activation is not None:
+        z = _epilogue.apply(sums, scale, bias, residual, None, window.channel_axis, accumulator)
+        _, dy = jax.jvp(_epilogue.function(activation), (z,), (dy,))
+    return y, _of_type(dy.astype(out_dtype), jax.typeof(y))
+
+
+ad.primitive_jvps[fused_forward_p] = _fused_forward_jvp
+ad.primitive_jvps[_DIVIDED_BY_TYPES[fused_forward_p]] = _fused_forward_jvp
+
+
 # Batching -------------------------------------------------------------------------------------------------------------
 #
-# A mapped axis is folded into the batch. A mapped filter makes a group of every element of the mapped axis.
+# A mapped axis is folded into the batch. A mapped filter makes a group of every element of the mapped axis. The fused
+# operator has one scale and one bias for all images: where these are mapped, or only the residual is, the convolution
+# and what follows it are mapped apart.
 
 
 def _to_front(operand, axis, size):
@@ -330,6 +416,22 @@ def _batch_with_kernel(bind, operands, axes, **params):
 
 
 @_or_empty
+def _batch_fused_forward(bind, operands, axes, *, parts, window, activation, out_dtype):
+    params = {"parts": parts, "window": window, "activation": activation, "out_dtype": out_dtype}
+    mapped = {name for name, axis in zip(("x", "kernel", *parts), axes, strict=True) if axis is not None}
+    if mapped & {"scale", "bias"} or not mapped & {"x", "kernel"}:
+        return jax.vmap(functools.partial(reference.fused_forward, convolve=forward, **params), axes)(*operands), 0
+    size = _mapped_size(operands, axes)
+    if "residual" in parts:
+        operands = (*operands[:-1], _fold(_to_front(operands[-1], axes[-1], size)))
+
+    def bind_folded(x, kernel, **params):
+        return bind(x, kernel, *operands[2:], **params)
+
+    return _batch_with_kernel(bind_folded, operands[:2], axes[:2], **params)
+
+
+@_or_empty
 def _batch_grad_filter(bind, operands, axes, *, groups, **params):
     size = _mapped_size(operands, axes)
     x, g = (_fold(_to_front(x, axis, size)) for x, axis in zip(operands, axes, strict=True))
@@ -338,6 +440,7 @@ def _batch_grad_filter(bind, operands, axes, *, groups, **params):
 
 for _p, _rule, _bind_again in (
     (forward_p, _batch_with_kernel, forward),
+    (fused_forward_p, _batch_fused_forward, _bind_fused_forward),
     (grad_input_p, _batch_with_kernel, grad_input),
     (grad_filter_p, _batch_grad_filter, grad_filter),
 ):
@@ -351,17 +454,18 @@ for _p, _rule, _bind_again in (
 # its own, with the same types, that knows only how to lower.
 
 
-def _dividable(operator: Operator, on_one_device: Primitive):
-    run = on_one_device.bind
-    in_auto_mode = partitioning.in_auto_mode(operator, run)
+def _dividable(operator: Operator, run: Callable):
+    @functools.cache
+    def in_auto_mode(operator):
+        return partitioning.in_auto_mode(operator, run)
 
-    def divide(a, b, **params):
-        return in_auto_mode(a, b, tuple(params.items()))
+    def divide(*operands, **params):
+        return in_auto_mode(operator.of(params))(tuple(params.items()), *operands)
 
-    def divide_by_types(a, b, **params):
-        if partitioning.explicit_mesh(jax.typeof(a), jax.typeof(b)) is not None:
-            return partitioning.in_explicit_mode(operator, run, a, b, params)
-        return run(a, b, **params)
+    def divide_by_types(*operands, **params):
+        if partitioning.explicit_mesh(*map(jax.typeof, operands)) is not None:
+            return partitioning.in_explicit_mode(operator.of(params), run, operands, params)
+        return run(*operands, **params)
 
     return divide, divide_by_types
 
@@ -370,12 +474,13 @@ def _dividable(operator: Operator, on_one_device: Primitive):
 
 for _operator, _p, _shape_rule, _in_lax in (
     (FORWARD, forward_p, _forward_shape, reference.forward),
+    (FUSED_FORWARD, fused_forward_p, _fused_forward_shape, reference.fused_forward),
     (GRAD_INPUT, grad_input_p, _grad_input_shape, reference.grad_input),
     (GRAD_FILTER, grad_filter_p, _grad_filter_shape, reference.grad_filter),
 ):
     _on_one_device = _primitive(f"dwsconv_{_operator.name}_on_one_device", _operator, _shape_rule)
     lowering.register(_on_one_device, _operator, _in_lax)
-    _divide, _divide_by_types = _dividable(_operator, _on_one_device)
+    _divide, _divide_by_types = _dividable(_operator, _on_one_device.bind)
     mlir.register_lowering(_p, mlir.lower_fun(_divide, multiple_results=False))
     mlir.register_lowering(_DIVIDED_BY_TYPES[_p], mlir.lower_fun(_divide_by_types, multiple_results=False))
     dispatch.prim_requires_devices_during_lowering.add(_p)  # custom_partitioning asks for them

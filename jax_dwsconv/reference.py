@@ -1,9 +1,13 @@
-"""The three operators in plain `jax.lax`: the fallback, and the lowering for platforms without kernels."""
+"""The operators in plain `jax.lax`: the fallback, and the lowering for platforms without kernels."""
 
 import jax
 from jax import lax, numpy as jnp
 
+from jax_dwsconv import _epilogue
 from jax_dwsconv._geometry import Window
+
+# What may follow the sums of `fused_forward`, besides an activation.
+PARTS = ("scale", "bias", "residual")
 
 _FILTER_SPEC = {"HWO": "HWIO", "OHW": "OIHW"}
 
@@ -14,6 +18,13 @@ def forward(x: jax.Array, kernel: jax.Array, *, window: Window, out_dtype) -> ja
     accumulator = jnp.promote_types(dtype, out_dtype)
     y = _convolve(x.astype(dtype), kernel.astype(dtype), window, None if accumulator == dtype else accumulator)
     return y.astype(out_dtype)
+
+
+def fused_forward(x, kernel, *others, parts, window: Window, activation, out_dtype, convolve=forward) -> jax.Array:
+    """A convolution and what follows it; as `primitives.fused_forward`, `parts` being the names of the `others`."""
+    y = convolve(x, kernel, window=window, out_dtype=_epilogue.accumulator_dtype(out_dtype))
+    following = (dict(zip(parts, others, strict=True)).get(part) for part in PARTS)
+    return _epilogue.apply(y, *following, activation, window.channel_axis, out_dtype)
 
 
 def grad_input(g: jax.Array, kernel: jax.Array, *, window: Window, input_size, multiplier, out_dtype) -> jax.Array:

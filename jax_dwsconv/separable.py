@@ -21,12 +21,16 @@ def separable_conv2d(
     depthwise_activation: Activation = None,
     pointwise_scale: jax.Array | None = None,
     pointwise_bias: jax.Array | None = None,
+    pointwise_gate: jax.Array | None = None,
+    pointwise_residual: jax.Array | None = None,
     pointwise_activation: Activation = None,
     precision: lax.PrecisionLike = None,
     data_format: str | None = None,
     preferred_element_type=None,
 ) -> jax.Array:
     """Depthwise convolution, then a matrix product over the channels, each with scale, bias and activation.
+
+    As networks have them, factors may be between the two, and a residual after them.
 
     Args:
       x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW".
@@ -40,6 +44,9 @@ def separable_conv2d(
       depthwise_activation: see `depthwise_conv2d`.
       pointwise_scale: (F,) or (), or None.
       pointwise_bias: (F,) or (), or None.
+      pointwise_gate: (..., C * multiplier), or None: factors of every image and channel for the input of the matrix
+        product, as squeeze-and-excitation has them (Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018).
+      pointwise_residual: of the shape and dtype of the result, or None. It is added before the activation.
       pointwise_activation: see `depthwise_conv2d`.
       precision: of the matrix product, as for `jax.lax.dot_general`.
       data_format: "NHWC" (the default) or "NCHW".
@@ -74,12 +81,35 @@ def separable_conv2d(
         prefix="depthwise_",
     )
     channel_axis = y.ndim - 1 if _arguments.data_format(data_format, 2) == "NHWC" else y.ndim - 3
+    if pointwise_gate is not None:
+        y = _gated(y, pointwise_gate, channel_axis)
     return _pointwise(
-        y, pointwise_kernel, channel_axis, pointwise_scale, pointwise_bias, pointwise_activation, precision, dtype
+        y,
+        pointwise_kernel,
+        channel_axis,
+        pointwise_scale,
+        pointwise_bias,
+        pointwise_residual,
+        pointwise_activation,
+        precision,
+        dtype,
     )
 
 
-def _pointwise(y, kernel, channel_axis, scale, bias, activation, precision, out_dtype):
+def _gated(y, gate, channel_axis):
+    gate = _arguments.floating_array("pointwise_gate", gate)
+    shape = (*y.shape[:-3], y.shape[channel_axis])
+    if gate.shape != shape:
+        raise ValueError(
+            f"pointwise_gate must have shape {shape}, one factor for every image and channel of the depthwise result, "
+            f"got {gate.shape}"
+        )
+    accumulator = _epilogue.accumulator_dtype(y.dtype)
+    spatial_axes = tuple(axis for axis in range(y.ndim - 3, y.ndim) if axis != channel_axis)
+    return (y.astype(accumulator) * jnp.expand_dims(gate.astype(accumulator), spatial_axes)).astype(y.dtype)
+
+
+def _pointwise(y, kernel, channel_axis, scale, bias, residual, activation, precision, out_dtype):
     channels = y.shape[channel_axis]
     if kernel.shape[-2:-1] != (channels,) or kernel.shape[:-2] not in ((), (1, 1)):
         raise ValueError(
@@ -94,5 +124,7 @@ def _pointwise(y, kernel, channel_axis, scale, bias, activation, precision, out_
     contract = (((channel_axis,), (0,)), ((), ()))
     y = lax.dot_general(y, kernel, contract, precision=precision, preferred_element_type=accumulator)
     y = jnp.moveaxis(y, -1, channel_axis)
-    y = _epilogue.apply(y, scale, bias, activation, channel_axis, out_dtype)
+    if residual is not None:
+        residual = _arguments.like_result("pointwise_residual", residual, y.shape, out_dtype)
+    y = _epilogue.apply(y, scale, bias, residual, activation, channel_axis, out_dtype)
     return _epilogue.apply_unnamed(y, activation)

@@ -240,6 +240,33 @@ def test_separable_agrees_with_two_convolutions(data_format, batch, flat):
     numerics.assert_close(y, expected.reshape(*batch, 4, 5, 5), length=1000)
 
 
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_separable_with_gate_and_residual(dtype, batch, data_format):
+    to_format = (lambda a: np.moveaxis(a, -1, -3)) if data_format == "NCHW" else (lambda a: a)
+    x, depthwise, pointwise = normal(*batch, 7, 9, 4), normal(3, 3, 1, 8, seed=1), normal(8, 5, seed=2)
+    gate, residual = normal(*batch, 8, seed=3), normal(*batch, 4, 5, 5, seed=4)
+    x, depthwise, pointwise, gate, residual = (a.astype(dtype) for a in (x, depthwise, pointwise, gate, residual))
+    operands = to_format(x), depthwise, pointwise
+    y = jax_dwsconv.separable_conv2d(
+        *operands,
+        strides=2,
+        depthwise_activation="silu",
+        pointwise_gate=gate,
+        pointwise_residual=to_format(residual),
+        pointwise_activation="relu",
+        data_format=data_format,
+    )
+    assert y.dtype == dtype
+    middle = np.asarray(jax_dwsconv.depthwise_conv2d(x, depthwise, strides=2, activation="silu"), np.float64)
+    gated = (middle * gate[..., None, None, :].astype(np.float64)).astype(dtype).astype(np.float64)
+    expected = np.maximum(gated @ pointwise.astype(np.float64) + residual.astype(np.float64), 0)
+    # One of the bfloat16 values in the middle may be rounded the other way.
+    bound = 2 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    assert np.abs(np.asarray(y, np.float64) - to_format(expected)).max() <= bound
+
+
 @pytest.mark.parametrize(
     ("dtypes", "preferred"), [(("bfloat16",) * 3, None), (("bfloat16", "float32", "float32"), "bfloat16")]
 )

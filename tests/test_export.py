@@ -39,6 +39,11 @@ def _block(x, kernel, bias):
     return jax_dwsconv.depthwise_conv2d(x, kernel, strides=(2, 1), bias=bias, activation="silu")
 
 
+def _residual_block(x, kernel, scale):
+    y = jax_dwsconv.depthwise_conv2d(x, kernel[..., ::2], scale=scale[::2], residual=x, activation="relu")
+    return jax_dwsconv.depthwise_conv2d(y, kernel)
+
+
 def _operands(batch: int):
     x, kernel = numerics.normal(batch, 7, 6, 4), numerics.normal(3, 3, 1, 8, seed=1)
     return x, kernel, numerics.normal(8, seed=2)
@@ -54,14 +59,15 @@ def _gradients(f, *args):
     return jax.grad(lambda *args: jnp.sum(jnp.sin(f(*args))), range(len(args)))(*args)
 
 
+@pytest.mark.parametrize("block", [_block, _residual_block])
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this_platform", "cpu+cuda"])
-def test_symbolic_batch(platforms):
-    restored = _restored(_block, *_shapes("b, 7, 6, 4", "3, 3, 1, 8", "8"), platforms=platforms)
+def test_symbolic_batch(platforms, block):
+    restored = _restored(block, *_shapes("b, 7, 6, 4", "3, 3, 1, 8", "8"), platforms=platforms)
     for batch in BATCHES:
         args = _operands(batch)
-        _assert_same(restored.call(*args), _block(*args))
-        _assert_same(jax.jit(restored.call)(*args), _block(*args))
-        _assert_same(_gradients(restored.call, *args), _gradients(_block, *args))
+        _assert_same(restored.call(*args), block(*args))
+        _assert_same(jax.jit(restored.call)(*args), block(*args))
+        _assert_same(_gradients(restored.call, *args), _gradients(block, *args))
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
@@ -132,7 +138,7 @@ def test_shard_map_of_an_exported_function_with_symbolic_batch():
 
 
 def test_refused_without_the_disabled_checks():
-    with pytest.raises(ValueError, match=r"jax_dwsconv\.forward"):
+    with pytest.raises(ValueError, match=r"jax_dwsconv\.fused_forward"):
         export.export(jax.jit(_block))(*_shapes("b, 7, 6, 4", "3, 3, 1, 8", "8"))
 
 

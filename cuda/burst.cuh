@@ -1,0 +1,98 @@
+// The kernel for problems that are too small to hide a latency: a thread has a small tile of the result, and all that it
+// reads is in flight at once. Rows are not reused beyond the tile; what neighbours share comes from the caches.
+#ifndef JAX_DWSCONV_CUDA_BURST_CUH_
+#define JAX_DWSCONV_CUDA_BURST_CUH_
+
+#include "cuda/burst.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/filter_taps.cuh"
+#include "cuda/row.cuh"
+
+namespace dwsconv::cuda {
+
+constexpr int kBurstThreads = 128;
+
+// How many neighbouring positions along one axis a tile reads and writes. kTile: positions of the result, in the input
+// gradient of stride 2 pairs of them (see DividedSize).
+template <Pass kPass, int kTaps, int kTile>
+struct BurstAxis {
+  static constexpr bool kPairs = kPass == Pass::kStride2Gradient;
+  static constexpr int kStride = kPass == Pass::kStride2 ? 2 : 1, kHalo = (kTaps - 1) / 2;
+  static constexpr int kRead = kPairs ? kTile + kHalo : (kTile - 1) * kStride + kTaps;
+  static constexpr int kWritten = kPairs ? 2 * kTile : kTile;
+
+  // The tap that leads from a position that is read to one that is written; outside [0, kTaps) for none.
+  static __device__ constexpr int Tap(int read, int written) {
+    return kPairs ? written - 2 * (read - kHalo) : read - written * kStride;
+  }
+  static __device__ int FirstRead(int tile, int pad) {
+    return kPairs ? pad / 2 + tile * kTile - kHalo : tile * kTile * kStride - pad;
+  }
+  static __device__ int FirstWritten(int tile, int pad) {
+    return kPairs ? (pad / 2 + tile * kTile) * 2 - pad : tile * kTile;
+  }
+};
+
+template <class X, class Y, Pass kPass, int kK, int kVector, int kTileColumns, int kTileRows>
+__global__ void __launch_bounds__(kBurstThreads)
+    BurstKernel(const __grid_constant__ Burst m, const X* __restrict__ source, const void* __restrict__ filter,
+                Y* __restrict__ result) {
+  using Column = BurstAxis<kPass, kK, kTileColumns>;
+  using Row = BurstAxis<kPass, kK, kTileRows>;
+  const uint32_t index = blockIdx.x * kBurstThreads + threadIdx.x;
+  if (index >= m.threads) return;
+  uint32_t slow = index;
+  const uint32_t fast = m.fast.Take(slow);
+  const int channel = static_cast<int>(m.channels_last ? fast : slow) * kVector;
+  const int tile = static_cast<int>(m.channels_last ? slow : fast), strip = blockIdx.y, image = blockIdx.z;
+
+  const int first_row = Row::FirstRead(strip, m.pad_top), first_column = Column::FirstRead(tile, m.pad_left);
+  const bool inside = first_column >= 0 && first_column + Column::kRead <= m.source.w;
+  const X* pixels = source + image * m.source.step.n + channel * m.source.step.c;
+  Packed<X, kVector> read[Row::kRead][Column::kRead];
+#pragma unroll
+  for (int r = 0; r < Row::kRead; ++r) LoadRow(m.source, pixels, first_row + r, first_column, inside, read[r]);
+  float taps[kK][kK][kVector];
+  LoadFilter<Narrower<X, Y>>(m, image, channel, filter, taps);
+
+  float sums[Row::kWritten][Column::kWritten][kVector] = {};
+#pragma unroll
+  for (int r = 0; r < Row::kRead; ++r) {
+    float in[Column::kRead][kVector];
+    Convert(read[r], in);
+#pragma unroll
+    for (int h = 0; h < Row::kWritten; ++h) {
+      const int i = Row::Tap(r, h);
+      if (i < 0 || i >= kK) continue;
+#pragma unroll
+      for (int c = 0; c < Column::kRead; ++c) {
+#pragma unroll
+        for (int w = 0; w < Column::kWritten; ++w) {
+          const int j = Column::Tap(c, w);
+          if (j < 0 || j >= kK) continue;
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) sums[h][w][v] = fmaf(in[c][v], taps[i][j][v], sums[h][w][v]);
+        }
+      }
+    }
+  }
+
+  const int64_t out = image * m.result.step.n + channel * m.result.step.c;
+  const int out_row = Row::FirstWritten(strip, m.pad_top), out_column = Column::FirstWritten(tile, m.pad_left);
+#pragma unroll
+  for (int h = 0; h < Row::kWritten; ++h) {
+    if (static_cast<unsigned>(out_row + h) >= static_cast<unsigned>(m.result.h)) continue;
+    const int64_t row = out + (out_row + h) * m.result.step.h;
+#pragma unroll
+    for (int w = 0; w < Column::kWritten; ++w) {
+      if (static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w)) {
+        const int64_t offset = row + (out_column + w) * m.result.step.w;
+        StoreResults<Along::kChannels>(m.epilogue, result, offset, channel, sums[h][w]);
+      }
+    }
+  }
+}
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_BURST_CUH_
