@@ -3,6 +3,7 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/kernels.h"
+#include "cuda/tap_products.h"
 #include "cuda/tap_sums.h"
 
 namespace dwsconv::cuda {
@@ -147,12 +148,15 @@ bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* 
     using F = typename decltype(filter_type)::type;
     using Y = typename decltype(y_type)::type;
     if (plan.kernel == GradFilterPlan::Kernel::kTapSums) {
-      LaunchTapSums(plan.turned ? Turned(p) : p, plan.tap_sums, x, g, workspace, stream);
+      LaunchTapSums(plan.turned ? Turned(p) : p, plan, x, g, filter, workspace, stream);
+    } else if (plan.kernel == GradFilterPlan::Kernel::kTapProducts) {
+      LaunchTapProducts(p, plan, x, g, filter, workspace, stream);
     } else {
       const auto partial_sums = p.channels_last ? PartialSumsKernel<true, X, Y> : PartialSumsKernel<false, X, Y>;
       partial_sums<<<GridSize(plan.pieces.blocks), kLanes * kWarps, 0, stream>>>(
           p, plan.pieces, static_cast<const X*>(x), static_cast<const Y*>(g), workspace);
     }
+    if (plan.one_launch) return;
     AddPartsKernel<F>
         <<<GridSize((p.filter_elements() + kAddWidth - 1) / kAddWidth), kAddWidth * kAddWarps, 0, stream>>>(
             p, static_cast<int>(plan.splits), workspace, static_cast<F*>(filter));

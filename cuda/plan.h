@@ -114,9 +114,9 @@ struct PassPlan {
   std::string Text() const;  // such as "march:2x4x2x28"
 };
 
-// How many neighbouring threads have neighbouring vectors of channels. NHWC: the most up to a warp that divide the
+// How many neighbouring threads have neighbouring vectors of channels. NHWC: the most that divide the
 // vectors evenly, so that none is idle. NCHW: one, neighbouring threads have neighbouring columns.
-int64_t ChannelLanes(const Problem& p, int64_t vector);
+int64_t ChannelLanes(const Problem& p, int64_t vector, int64_t most = 32);
 
 // Whether the problem has one spatial dimension, the width, in NHWC; and the same problem with that as its height,
 // which is what a march goes along.
@@ -131,9 +131,9 @@ std::vector<PassPlan> PassCandidates(const Problem& p, bool forward, const Devic
 PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment, std::string_view forced);
 
 // The specialised kernel of grad_filter (tap_sums.cuh): a thread has `vector` channels and `columns` columns of g in
-// strips of `rows` rows; the sums come out in `splits` parts.
+// strips of `rows` rows; `lanes` neighbouring threads have neighbouring channels. The sums come out in `splits` parts.
 struct TapSumsTile {
-  int vector, columns, rows, splits;
+  int vector, columns, rows, lanes, splits;
 };
 
 // The (kernel_h, kernel_w, vector, columns, rows ahead) that are compiled, like those of the march.
@@ -145,6 +145,13 @@ struct TapSumsTile {
   M(3, 1, 1, 1, 4) M(3, 1, 2, 1, 4) M(4, 1, 1, 1, 4) M(4, 1, 2, 1, 4) M(5, 1, 1, 1, 4) M(5, 1, 2, 1, 4) \
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 // clang-format on
+
+// grad_filter of 16-bit types in NHWC on tensor cores (tap_products.cuh). A block has `chunks` times 8 channels with
+// `walkers` warps each; a tile is a stretch of `columns` columns of `rows` rows of g in `images` images. The filter's
+// rows and columns that fit depend on `sets`.
+struct TapProductsTile {
+  int sets, chunks, walkers, columns, rows, images, splits;
+};
 
 // The general kernel of grad_filter: the rows of g are cut into pieces. A block of kWarps warps sums kTapsPerThread
 // neighbouring taps of one filter row over a part of the pieces, each piece apart so that no sum gets long.
@@ -162,14 +169,16 @@ struct GradFilterPieces {
   int64_t blocks;
 };
 
-// Either kernel writes its sums in `splits` parts, which a second kernel adds in order.
+// The sums come in `splits` parts. Either the blocks of a cluster add them, or a second kernel does, both in order.
 struct GradFilterPlan {
-  enum class Kernel { kPieces, kTapSums };
+  enum class Kernel { kPieces, kTapSums, kTapProducts };
   Kernel kernel = Kernel::kPieces;
   bool turned = false;
   int64_t splits = 1;
   GradFilterPieces pieces{};
   TapSumsTile tap_sums{};
+  TapProductsTile tap_products{};
+  bool one_launch = false;
   double cycles = 0;
 
   std::string Text() const;

@@ -1,3 +1,4 @@
+#include "cuda/cluster.h"
 #include "cuda/dtypes.cuh"
 #include "cuda/tap_sums.cuh"
 
@@ -6,15 +7,17 @@ namespace {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-TapSums Describe(const Problem& p, const TapSumsTile& tile) {
+TapSums Describe(const Problem& p, const GradFilterPlan& plan) {
+  const TapSumsTile& tile = plan.tap_sums;
   TapSums m{};
   const auto vectors = static_cast<uint32_t>(p.channels / tile.vector);
-  const auto lanes = static_cast<uint32_t>(ChannelLanes(p, tile.vector));
+  const auto lanes = static_cast<uint32_t>(tile.lanes);
   m.lanes = Divisor(lanes);
   m.lane_groups = Divisor(vectors / lanes);
   m.groups = Divisor(static_cast<uint32_t>(p.groups));
   m.walkers = kTapSumsThreads / static_cast<int>(lanes);
-  m.splits = static_cast<uint32_t>(tile.splits);
+  m.splits = Divisor(static_cast<uint32_t>(tile.splits));
+  m.one_launch = plan.one_launch;
   m.tiles = Divisor(static_cast<uint32_t>(CeilDiv(p.out_w, tile.columns)));
   m.strips = Divisor(static_cast<uint32_t>(CeilDiv(p.out_h, tile.rows)));
   m.units = static_cast<uint32_t>(p.images_per_group() * m.tiles.value * m.strips.value);
@@ -24,27 +27,29 @@ TapSums Describe(const Problem& p, const TapSumsTile& tile) {
   m.pad_top = static_cast<int>(p.pad_top);
   m.pad_left = static_cast<int>(p.pad_left);
   m.images_per_group = p.images_per_group();
+  m.filter = p.filter;
+  m.filter_is_float = p.filter_dtype == Dtype::kF32;
   return m;
 }
 
 template <class T, int kH, int kW, int kS, int kVector, int kTile, int kAhead>
-bool Launch(const TapSums& m, const void* x, const void* g, float* workspace, cudaStream_t stream) {
+bool Launch(const TapSums& m, const void* x, const void* g, void* filter, float* workspace, cudaStream_t stream) {
   const auto kernel = TapSumsKernel<T, kH, kW, kS, kVector, kTile, kAhead>;
   const int shared = m.walkers * kH * kW * static_cast<int>(m.lanes.value) * kVector * static_cast<int>(sizeof(float));
-  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  kernel<<<m.lane_groups.value * m.groups.value * m.splits, kTapSumsThreads, shared, stream>>>(
-      m, static_cast<const T*>(x), static_cast<const T*>(g), workspace);
+  const unsigned blocks = m.lane_groups.value * m.groups.value * m.splits.value;
+  LaunchClusters(kernel, blocks, kTapSumsThreads, shared, m.one_launch ? m.splits.value : 1, stream, m,
+                 static_cast<const T*>(x), static_cast<const T*>(g), filter, workspace);
   return true;
 }
 
 template <class T>
-bool LaunchFor(const Problem& p, const TapSumsTile& tile, const void* x, const void* g, float* workspace,
-               cudaStream_t stream) {
-  const TapSums m = Describe(p, tile);
-#define DWSCONV_TRY(kH, kW, kVector, kTile, kAhead)                                                          \
-  if (p.kernel_h == kH && p.kernel_w == kW && tile.vector == kVector && tile.columns == kTile) {             \
-    if (p.stride_h == 1) return Launch<T, kH, kW, 1, kVector, kTile, kAhead>(m, x, g, workspace, stream);    \
-    if constexpr (kH == kW) return Launch<T, kH, kW, 2, kVector, kTile, kAhead>(m, x, g, workspace, stream); \
+bool LaunchFor(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
+               float* workspace, cudaStream_t stream) {
+  const TapSums m = Describe(p, plan);
+#define DWSCONV_TRY(kH, kW, kVector, kTile, kAhead)                                                                  \
+  if (p.kernel_h == kH && p.kernel_w == kW && plan.tap_sums.vector == kVector && plan.tap_sums.columns == kTile) {   \
+    if (p.stride_h == 1) return Launch<T, kH, kW, 1, kVector, kTile, kAhead>(m, x, g, filter, workspace, stream);    \
+    if constexpr (kH == kW) return Launch<T, kH, kW, 2, kVector, kTile, kAhead>(m, x, g, filter, workspace, stream); \
   }
   DWSCONV_TAP_SUMS_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY
@@ -53,12 +58,12 @@ bool LaunchFor(const Problem& p, const TapSumsTile& tile, const void* x, const v
 
 }  // namespace
 
-bool LaunchTapSums(const Problem& p, const TapSumsTile& tile, const void* x, const void* g, float* workspace,
-                   cudaStream_t stream) {
+bool LaunchTapSums(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
+                   float* workspace, cudaStream_t stream) {
   switch (p.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(p, tile, x, g, workspace, stream);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(p, tile, x, g, workspace, stream);
-    case Dtype::kF16: return LaunchFor<Float16>(p, tile, x, g, workspace, stream);
+    case Dtype::kF32: return LaunchFor<float>(p, plan, x, g, filter, workspace, stream);
+    case Dtype::kBF16: return LaunchFor<BFloat16>(p, plan, x, g, filter, workspace, stream);
+    case Dtype::kF16: return LaunchFor<Float16>(p, plan, x, g, filter, workspace, stream);
     default: return false;
   }
 }

@@ -4,6 +4,8 @@
 #ifndef JAX_DWSCONV_CUDA_TAP_SUMS_CUH_
 #define JAX_DWSCONV_CUDA_TAP_SUMS_CUH_
 
+#include <cooperative_groups.h>
+
 #include "cuda/dtypes.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/row.cuh"
@@ -32,17 +34,20 @@ __device__ __forceinline__ void AddProducts(const float (&in)[kColumns][kVector]
 template <class T, int kH, int kW, int kS, int kVector, int kTile, int kAhead>
 __global__ void __launch_bounds__(kTapSumsThreads)
     TapSumsKernel(const __grid_constant__ TapSums m, const T* __restrict__ x, const T* __restrict__ g,
-                  float* __restrict__ workspace) {
+                  void* __restrict__ filter, float* __restrict__ workspace) {
   static_assert(kAhead % kS == 0);
   constexpr int kColumns = (kTile - 1) * kS + kW, kRows = (kH - 1) / kS + 1;
   uint32_t walker = threadIdx.x;
   const uint32_t lane = m.lanes.Take(walker);
-  uint32_t split = blockIdx.x;
-  const uint32_t first_vector = m.lane_groups.Take(split) * m.lanes.value, group = m.groups.Take(split);
+  uint32_t rest_of_block = blockIdx.x, split = 0;
+  if (m.one_launch) split = m.splits.Take(rest_of_block);  // the blocks of a cluster are neighbours
+  const uint32_t first_vector = m.lane_groups.Take(rest_of_block) * m.lanes.value;
+  const uint32_t group = m.groups.Take(rest_of_block);
+  if (!m.one_launch) split = rest_of_block;
   const int channel = (first_vector + lane) * kVector;
 
   float taps[kH][kW][kVector] = {};
-  for (uint32_t unit = split * m.walkers + walker; unit < m.units; unit += m.splits * m.walkers) {
+  for (uint32_t unit = split * m.walkers + walker; unit < m.units; unit += m.splits.value * m.walkers) {
     uint32_t rest = unit;
     const int tile = m.tiles.Take(rest), strip = m.strips.Take(rest);
     const int64_t image = group * m.images_per_group + rest;
@@ -120,17 +125,45 @@ __global__ void __launch_bounds__(kTapSumsThreads)
   }
   __syncthreads();
   const int64_t channels = static_cast<int64_t>(m.lane_groups.value) * width;
+  const auto write = [&](int tap, int at_channel, float sum) {
+    const int64_t at = group * m.filter.n + tap / kW * m.filter.h + tap % kW * m.filter.w + at_channel * m.filter.c;
+    if (m.filter_is_float) {
+      static_cast<float*>(filter)[at] = sum;
+    } else {
+      static_cast<T*>(filter)[at] = FromFloat<T>(sum);
+    }
+  };
   float* const part = workspace + (static_cast<int64_t>(split) * m.groups.value + group) * kH * kW * channels;
   for (int tap = walker; tap < kH * kW; tap += m.walkers) {
     if (walker >= static_cast<uint32_t>(m.walkers)) break;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const float* const own = sums + tap * width + v * m.lanes.value + lane;
+      float* const own = sums + tap * width + v * m.lanes.value + lane;
       float sum = own[0];
       for (int other = 1; other < m.walkers; ++other) sum += own[other * taps_width];
-      part[tap * channels + channel + v] = sum;
+      if (!m.one_launch) {
+        part[tap * channels + channel + v] = sum;
+      } else if (m.splits.value == 1) {
+        write(tap, channel + v, sum);
+      } else {
+        own[0] = sum;
+      }
     }
   }
+#if __CUDA_ARCH__ >= 900
+  if (m.one_launch && m.splits.value > 1) {
+    const auto cluster = cooperative_groups::this_cluster();
+    cluster.sync();
+    for (int index = split * blockDim.x + threadIdx.x; index < taps_width; index += m.splits.value * blockDim.x) {
+      float sum = 0;
+      for (unsigned other = 0; other < m.splits.value; ++other) sum += cluster.map_shared_rank(sums, other)[index];
+      uint32_t rest = index;
+      const int in_vectors = m.lanes.Take(rest);
+      write(rest / kVector, (first_vector + in_vectors) * kVector + rest % kVector, sum);
+    }
+    cluster.sync();  // the others may still read
+  }
+#endif
 }
 
 }  // namespace dwsconv::cuda

@@ -14,21 +14,23 @@ namespace dwsconv::cuda {
 // A block has `lanes` vectors of channels and as many walkers as fit; the walkers of all the splits share the units,
 // which are pieces of a strip of rows of g: `tile.columns` wide.
 struct TapSums {
-  Divisor lanes, lane_groups, groups;
+  Divisor lanes, lane_groups, groups, splits;
   int walkers;
-  uint32_t splits;
+  bool one_launch;        // the blocks of all splits are a cluster and write the filter; else parts to the workspace
   Divisor tiles, strips;  // of an image
   uint32_t units;         // of a group
   int strip_rows;
   Grid x, g;
   int pad_top, pad_left;
   int64_t images_per_group;
+  Strides filter;
+  bool filter_is_float;
 };
 
-// The first of the two kernels of grad_filter: writes tile.splits parts into the workspace. Returns false where there
-// is no instance.
-bool LaunchTapSums(const Problem& p, const TapSumsTile& tile, const void* x, const void* g, float* workspace,
-                   cudaStream_t stream);
+// Writes the filter if the plan needs one launch, else plan.splits parts into the workspace. Returns false where there
+// is no instance. `p`: turned already if the plan is.
+bool LaunchTapSums(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
+                   float* workspace, cudaStream_t stream);
 
 }  // namespace dwsconv::cuda
 

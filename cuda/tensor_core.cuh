@@ -21,6 +21,16 @@ __device__ __forceinline__ void CopyAsync8(void* shared, const void* global) {
       : "memory");
 }
 
+// 16 bytes of shared memory; undefined where not `wanted`.
+__device__ __forceinline__ Words<4> LoadShared16(uint32_t shared, bool wanted) {
+  Words<4> words;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+               : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+               : "r"(shared), "r"(static_cast<int>(wanted))
+               : "memory");
+  return words;
+}
+
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kPending of the committed groups of this thread are under way.

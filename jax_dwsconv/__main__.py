@@ -107,14 +107,16 @@ def plan(options: argparse.Namespace) -> int:
         return 2
     print(f"{options.operator} on {options.device} ({device.multiprocessors} multiprocessors): {chosen.text}")
     print("march: vector x columns x rows ahead x strip rows; march_planes: columns x rows ahead x strip rows;")
-    print("toeplitz: channels x marchers side by side x strip rows; tap_sums: vector x columns x strip rows x splits;")
+    print("toeplitz: channels x marchers side by side x strip rows;")
+    print("tap_sums: vector x columns x strip rows x lanes x splits;")
+    print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
     print("gather and pieces are the general kernels.")
     estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
     if not estimated:
         print("No specialised kernel takes this problem.")
     for candidate in estimated[: options.candidates]:
         mark = "<- chosen" if candidate.text == chosen.text else ""
-        print(f"{candidate.cycles:>12.0f} cycles  {candidate.text:<22} {mark}".rstrip())
+        print(f"{candidate.cycles:>12.0f} cycles  {candidate.text:<34} {mark}".rstrip())
     return 0
 
 

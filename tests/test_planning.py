@@ -17,6 +17,8 @@ PROBLEMS = {
     "one dimension": {"shape": (4, 1, 4096, 64), "kernel_size": (1, 4)},
 }
 
+TENSOR_CORES = {"forward": "toeplitz", "grad_filter": "tap_products"}
+
 
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.partition(":")[2].split("x") if n]
@@ -35,25 +37,36 @@ def test_the_choice_is_the_candidate_of_the_least_estimate(problem, dtype, layou
         assert chosen.cycles == min(candidate.cycles for candidate in estimated)
 
 
+@pytest.mark.parametrize(("operator", "kernel"), TENSOR_CORES.items())
 @pytest.mark.parametrize(("device", "dtype"), [("rtx2080ti", "bfloat16"), ("h100", "float32")])
-def test_tensor_cores_only_where_they_help(device, dtype):
+def test_tensor_cores_only_where_they_help(device, dtype, operator, kernel):
     """The instructions are of compute capability 8.0, and of 16-bit types."""
-    _, candidates = _planning.plan("forward", **PROBLEMS["wide filter"], dtype=dtype, device=DEVICES[device])
-    assert not any(candidate.text.startswith("toeplitz") for candidate in candidates)
+    _, candidates = _planning.plan(operator, **PROBLEMS["wide filter"], dtype=dtype, device=DEVICES[device])
+    assert not any(candidate.text.startswith(kernel) for candidate in candidates)
 
 
-def test_tensor_cores_for_wide_filters():
-    chosen, _ = _planning.plan("forward", **PROBLEMS["wide filter"], dtype="bfloat16")
-    assert chosen.text.startswith("toeplitz")
+@pytest.mark.parametrize(("operator", "kernel"), TENSOR_CORES.items())
+def test_tensor_cores_for_wide_filters(operator, kernel):
+    chosen, _ = _planning.plan(operator, **PROBLEMS["wide filter"], dtype="bfloat16")
+    assert chosen.text.startswith(kernel)
 
 
-def test_shared_memory_bounds_the_tiles():
+@pytest.mark.parametrize(("operator", "kernel"), TENSOR_CORES.items())
+def test_shared_memory_bounds_the_tiles(operator, kernel):
     device = DEVICES["h100"]
     small = device._replace(most_shared_memory=1024)
-    _, candidates = _planning.plan("forward", **PROBLEMS["large"], dtype="bfloat16", device=device)
-    assert any(candidate.text.startswith("toeplitz") for candidate in candidates)
-    _, candidates = _planning.plan("forward", **PROBLEMS["large"], dtype="bfloat16", device=small)
-    assert not any(candidate.text.startswith("toeplitz") for candidate in candidates)
+    _, candidates = _planning.plan(operator, **PROBLEMS["large"], dtype="bfloat16", device=device)
+    assert any(candidate.text.startswith(kernel) for candidate in candidates)
+    _, candidates = _planning.plan(operator, **PROBLEMS["large"], dtype="bfloat16", device=small)
+    assert not any(candidate.text.startswith(kernel) for candidate in candidates)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "fits"), [(3, 1, True), (7, 1, True), (8, 1, False), (5, 2, True), (7, 2, False)]
+)
+def test_filters_that_fit_the_shifts_of_a_product(kernel_size, strides, fits):
+    _, candidates = _planning.plan("grad_filter", (8, 28, 28, 64), (kernel_size,) * 2, (strides,) * 2, dtype="bfloat16")
+    assert any(candidate.text.startswith("tap_products") for candidate in candidates) == fits
 
 
 def test_vectors_divide_the_channels():
@@ -130,7 +143,7 @@ def test_command_line(capsys):
     printed = capsys.readouterr().out
     assert "a100 (108 multiprocessors)" in printed
     assert printed.count("cycles  ") == 3
-    assert "<- chosen" in printed.splitlines()[4]
+    assert "<- chosen" in printed.splitlines()[6]
 
 
 @pytest.mark.parametrize(

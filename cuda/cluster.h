@@ -1,0 +1,31 @@
+// The launch of kernels whose neighbouring blocks work together (sm_90 and newer).
+#ifndef JAX_DWSCONV_CUDA_CLUSTER_H_
+#define JAX_DWSCONV_CUDA_CLUSTER_H_
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace dwsconv::cuda {
+
+// `cluster`: blocks in a cluster; 1 for none.
+template <class Kernel, class... Arguments>
+void LaunchClusters(Kernel kernel, unsigned blocks, unsigned threads, int shared, unsigned cluster, cudaStream_t stream,
+                    Arguments&&... arguments) {
+  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_CLUSTER_H_
