@@ -21,12 +21,11 @@ static ffi::Error GradFilterImpl(cudaStream_t stream, int32_t ordinal, ffi::Dict
     return ffi::Error::InvalidArgument(
         "jax_dwsconv.grad_filter: the workspace must have at least one row of the filter's size");
   }
-  const auto device = DescribeDevice(ordinal);
-  if (!device) return device.error();
-  const GradFilterPlan plan =
-      PlanGradFilter(*problem, *device, Alignment(x.untyped_data(), g.untyped_data()), max_splits, ForcedTile(attrs));
-  const bool has_instance = LaunchGradFilter(*problem, plan, x.untyped_data(), g.untyped_data(), filter->untyped_data(),
-                                             workspace->typed_data(), stream);
+  const int64_t alignment = Alignment(x.untyped_data(), g.untyped_data());
+  const auto plan = FindGradFilterPlan({*problem, ordinal, alignment, max_splits, false, ForcedTile(attrs)});
+  if (!plan) return plan.error();
+  const bool has_instance = LaunchGradFilter(*problem, *plan, x.untyped_data(), g.untyped_data(),
+                                             filter->untyped_data(), workspace->typed_data(), stream);
   return FinishLaunch("grad_filter", has_instance, stream);
 }
 

@@ -1,7 +1,9 @@
 #include "cuda/launch.h"
 
 #include <atomic>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "cuda/ffi_problem.h"
@@ -13,7 +15,59 @@ namespace ffi = xla::ffi;
 
 std::atomic<int64_t> captured_calls{0};
 
+std::string Bytes(const PlanKey& key) {
+  const Problem& p = key.problem;
+  const int64_t numbers[] = {
+      p.batch,      p.groups,     p.in_h,       p.in_w,         p.out_h,        p.out_w,     p.channels,
+      p.multiplier, p.kernel_h,   p.kernel_w,   p.stride_h,     p.stride_w,     p.dilation_h, p.dilation_w,
+      p.pad_top,    p.pad_left,   p.channels_last, p.has_residual, p.x.n,       p.x.h,       p.x.w,
+      p.x.c,        p.y.n,        p.y.h,        p.y.w,          p.y.c,          p.filter.n,  p.filter.h,
+      p.filter.w,   p.filter.c,   static_cast<int64_t>(p.x_dtype), static_cast<int64_t>(p.filter_dtype),
+      static_cast<int64_t>(p.y_dtype), key.ordinal, key.alignment, key.max_splits, key.forward};
+  std::string bytes(reinterpret_cast<const char*>(numbers), sizeof(numbers));
+  return bytes.append(key.forced);
+}
+
+template <class Plan>
+class Plans {
+ public:
+  template <class Make>
+  ffi::ErrorOr<Plan> Find(const PlanKey& key, const Make& make) {
+    constexpr std::size_t kMost = 1 << 14;
+    std::string bytes = Bytes(key);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (const auto found = plans_.find(bytes); found != plans_.end()) return found->second;
+    }
+    const auto device = DescribeDevice(key.ordinal);
+    if (!device) return ffi::Unexpected<ffi::Error>(device.error());
+    const Plan plan = make(*device);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() >= kMost) plans_.clear();
+    plans_.emplace(std::move(bytes), plan);
+    return plan;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, Plan> plans_;
+};
+
 }  // namespace
+
+ffi::ErrorOr<PassPlan> FindPassPlan(const PlanKey& key) {
+  static Plans<PassPlan>& plans = *new Plans<PassPlan>;  // never destroyed: a thread may still launch at exit
+  return plans.Find(key, [&](const Device& device) {
+    return PlanPass(key.problem, key.forward, device, key.alignment, key.forced);
+  });
+}
+
+ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key) {
+  static Plans<GradFilterPlan>& plans = *new Plans<GradFilterPlan>;
+  return plans.Find(key, [&](const Device& device) {
+    return PlanGradFilter(key.problem, device, key.alignment, key.max_splits, key.forced);
+  });
+}
 
 ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
   Device device{};
@@ -36,11 +90,10 @@ ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
 }
 
 ffi::Error PlanAndLaunch(const char* op, int ordinal, const ffi::Dictionary& attrs, const PassCall& call) {
-  const auto device = DescribeDevice(ordinal);
-  if (!device) return device.error();
   const int64_t alignment = Alignment(call.source, call.filter, call.result, call.epilogue.residual);
-  const PassPlan plan = PlanPass(call.problem, call.forward, *device, alignment, ForcedTile(attrs));
-  return FinishLaunch(op, LaunchPass(call, plan), call.stream);
+  const auto plan = FindPassPlan({call.problem, ordinal, alignment, 0, call.forward, ForcedTile(attrs)});
+  if (!plan) return plan.error();
+  return FinishLaunch(op, LaunchPass(call, *plan), call.stream);
 }
 
 ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream) {

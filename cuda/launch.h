@@ -5,12 +5,24 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string_view>
 
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dwsconv::cuda {
+
+// What the planner decided for a call, from memory if the same was asked before: planning takes longer than a launch.
+struct PlanKey {
+  Problem problem;
+  int ordinal;
+  int64_t alignment, max_splits;  // 0: not for grad_filter
+  bool forward;
+  std::string_view forced;
+};
+xla::ffi::ErrorOr<PassPlan> FindPassPlan(const PlanKey& key);
+xla::ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key);
 
 // The facts that the planner needs about the device with this ordinal.
 xla::ffi::ErrorOr<Device> DescribeDevice(int ordinal);

@@ -97,12 +97,27 @@ def test_splits_fit_the_workspace():
 @pytest.mark.parametrize(
     "unusual", [{"dilation": (2, 2)}, {"strides": (3, 3)}, {"kernel_size": (9, 9)}, {"strides": (1, 2)}], ids=str
 )
-def test_the_general_kernels_take_the_rest(unusual):
+@pytest.mark.parametrize("operator", ["forward", "grad_input"])
+def test_a_sliding_window_takes_the_rest(operator, unusual):
     problem = {"kernel_size": (3, 3), **unusual}
-    chosen, candidates = _planning.plan("forward", (2, 32, 32, 33), **problem)
+    chosen, candidates = _planning.plan(operator, (2, 32, 32, 33), **problem)
+    assert chosen.text.startswith("slide")
+    assert {c.text.split(":")[0] for c in candidates} == {"slide", "gather"}
+    assert _planning.plan("grad_filter", (2, 32, 32, 33), **problem)[0].text.startswith("pieces")
+
+
+@pytest.mark.parametrize("operator", ["forward", "grad_input"])
+def test_gather_takes_what_is_strided_and_dilated(operator):
+    chosen, candidates = _planning.plan(operator, (2, 32, 32, 33), (3, 3), strides=(2, 2), dilation=(2, 2))
     assert (chosen.text, chosen.cycles) == ("gather", 0)
     assert len(candidates) == 1
-    assert _planning.plan("grad_filter", (2, 32, 32, 33), **problem)[0].text.startswith("pieces")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_small_problems_load_all_at_once(layout, dtype):
+    shape = (1, 14, 14, 672) if layout == "NHWC" else (1, 7, 7, 1152)
+    assert _planning.plan("forward", shape, (5, 5), layout=layout, dtype=dtype)[0].text.startswith("burst")
 
 
 @pytest.mark.parametrize(

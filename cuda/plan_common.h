@@ -1,0 +1,68 @@
+// What the two planners share: that of forward and grad_input (plan_passes.cc) and that of grad_filter
+// (plan_grad_filter.cc).
+#ifndef JAX_DWSCONV_CUDA_PLAN_COMMON_H_
+#define JAX_DWSCONV_CUDA_PLAN_COMMON_H_
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/plan.h"
+
+namespace dwsconv {
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t BytesOf(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
+
+// The numbers with an x between them.
+std::string Join(std::initializer_list<int> numbers);
+
+// Neither dilated nor strided by more than the instances are; those with one row or column have stride 1.
+bool UsualWindow(const Problem& p);
+
+// NHWC has vectors of channels and reuses columns; in NCHW neighbouring threads have neighbouring columns, the narrower
+// the tile, the fewer memory transactions.
+bool SuitsLayout(const Problem& p, int vector, int columns);
+
+// Calls visit(rows) for the heights of strips worth trying: from the whole result down to one row.
+template <class Visit>
+void ForStripRows(int64_t rows, const Visit& visit) {
+  int last = 0;
+  for (int64_t strips = 1; strips <= rows; strips += 1 + strips / 4) {
+    const int strip_rows = static_cast<int>(CeilDiv(rows, strips));
+    if (strip_rows != last) visit(strip_rows);
+    last = strip_rows;
+  }
+}
+
+// All that is visited, and in the end `otherwise`, which takes everything.
+template <class Plan, class VisitAll>
+std::vector<Plan> Candidates(const Plan& otherwise, const VisitAll& visit_all) {
+  std::vector<Plan> candidates;
+  visit_all([&](const Plan& plan) { candidates.push_back(plan); });
+  candidates.push_back(otherwise);
+  return candidates;
+}
+
+// The one with the text `forced`, else the one with the least estimate, else `otherwise`.
+template <class Plan, class VisitAll>
+Plan Choose(std::string_view forced, const Plan& otherwise, const VisitAll& visit_all) {
+  Plan best = otherwise, wanted = otherwise;
+  bool has_best = false, has_wanted = !forced.empty() && forced == otherwise.Text();
+  visit_all([&](const Plan& plan) {
+    if (!has_best || plan.cycles < best.cycles) best = plan;
+    has_best = true;
+    if (!forced.empty() && plan.Text() == forced) {
+      wanted = plan;
+      has_wanted = true;
+    }
+  });
+  return has_wanted ? wanted : best;
+}
+
+}  // namespace dwsconv
+
+#endif  // JAX_DWSCONV_CUDA_PLAN_COMMON_H_

@@ -1,0 +1,474 @@
+// The planner of forward and grad_input.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <utility>
+
+#include "cuda/plan_common.h"
+
+namespace dwsconv {
+namespace {
+
+struct MarchInstance {
+  int kernel_h, kernel_w;
+  MarchTile tile;
+};
+
+constexpr MarchInstance kMarchInstances[] = {
+#define DWSCONV_TILE(kernel_h, kernel_w, vector, columns, ahead) {kernel_h, kernel_w, {vector, columns, ahead, 0}},
+    DWSCONV_MARCH_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
+
+constexpr MarchInstance kMarchPlanesInstances[] = {
+#define DWSCONV_TILE(kernel_size, columns, ahead) {kernel_size, kernel_size, {1, columns, ahead, 0}},
+    DWSCONV_MARCH_PLANES_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
+
+struct BurstInstance {
+  int kernel_size;
+  BurstTile tile;
+};
+
+constexpr ToeplitzTile kToeplitzBlocks[] = {
+#define DWSCONV_BLOCK(kernel_size, channels) {kernel_size, channels, 0, 0},
+    DWSCONV_TOEPLITZ_BLOCKS(DWSCONV_BLOCK)
+#undef DWSCONV_BLOCK
+};
+
+// What a pass reads and writes: x and y for forward, the reverse for grad_input.
+struct Sizes {
+  Sizes(const Problem& p, bool forward)
+      : kernel_h(p.kernel_h),
+        kernel_w(p.kernel_w),
+        stride(p.stride_h),
+        doubles(!forward && stride == 2),
+        source_bytes(BytesOf(forward ? p.x_dtype : p.y_dtype)),
+        result_bytes(BytesOf(forward ? p.y_dtype : p.x_dtype)),
+        source_elements(forward ? p.x_elements() : p.y_elements()),
+        result_elements(forward ? p.y_elements() : p.x_elements()),
+        rows(forward ? p.out_h : p.in_h),
+        columns(forward ? p.out_w : p.in_w) {
+    if (doubles) {  // pairs of them, in padded coordinates: see march.cuh
+      rows = CeilDiv(p.pad_top + rows, 2) - p.pad_top / 2;
+      columns = CeilDiv(p.pad_left + columns, 2) - p.pad_left / 2;
+    }
+  }
+
+  int64_t kernel_h, kernel_w, stride;
+  bool doubles;
+  int64_t source_bytes, result_bytes, source_elements, result_elements;
+  int64_t rows, columns;
+};
+
+// Estimated time in cycles. The form follows from what the kernel does; the constants were fitted to a sweep of all
+// tiles over the layers of the benchmark on an H100 (see docs/performance.md).
+double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
+  const double kh = m.kernel_h, kw = m.kernel_w, v = tile.vector, t = tile.columns;
+  const double loads = m.doubles ? t + (m.kernel_w - 1) / 2 : (t - 1) * m.stride + kw;
+  const double results = m.doubles ? 4 * t : t / m.stride;  // stores per source row
+  const double products = m.doubles ? kh * kw * t : kh * kw * t / m.stride;
+  const double places = m.doubles ? 2 * (kh - 2) : (m.kernel_h - 1) / m.stride + 1;
+  const double source_rows = m.doubles ? tile.rows + (m.kernel_h - 1) / 2 : tile.rows * m.stride + kh - m.stride;
+
+  const double threads =
+      double(p.batch) * CeilDiv(m.rows, tile.rows) * CeilDiv(m.columns, tile.columns) * (p.channels / tile.vector);
+  const double blocks = std::ceil(threads / kThreads);
+  const double registers =
+      69 + kh * kw * v + places * t * v + loads * v + tile.ahead * loads * std::max(1.0, v * m.source_bytes / 4.0);
+  const double resident =
+      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::max(1.0, std::min(resident, blocks / device.multiprocessors));
+
+  const bool converts = m.source_bytes == 2;
+  const double per_row = products * v + loads * (6 + (converts ? 0.75 * v : 0)) + results * (4 + 0.7 * v) + 57;
+  const double instructions = 760 + 2.4 * kh * kw * v + source_rows * per_row;
+  const double latency = 590 + source_rows * 970 / tile.ahead + 1.8 * instructions;
+  const double halo = source_rows / (double(tile.rows) * (m.doubles ? 1 : m.stride));
+  const double source_bytes = double(m.source_elements) * m.source_bytes;
+  const double result_bytes = double(m.result_elements) * m.result_bytes;
+  double compute, memory;
+  if (p.channels_last) {
+    compute = waves * std::max(1.36 * instructions * active, latency);
+    memory = (source_bytes * (1 + 0.78 * (halo - 1)) + result_bytes) / (19.5 * device.multiprocessors);
+  } else {  // neighbouring threads are a tile apart: that many transactions for every load and store
+    const double load_words = std::max(1.0, t * (m.doubles ? 1 : m.stride) * m.source_bytes / 4.0);
+    const double store_words = std::max(1.0, t * (m.doubles ? 2 : 1) * m.result_bytes / 4.0);
+    const double transactions = 4 * source_rows * (1.74 * loads * load_words + 12 * results * store_words);
+    compute = waves * std::max({0.66 * instructions * active, latency, transactions * active});
+    memory = (source_bytes * (1 + 97 * (halo - 1)) + result_bytes) / (175.0 * device.multiprocessors);
+  }
+  return std::max(compute, memory) + 0.12 * std::min(compute, memory);
+}
+
+bool MarchApplies(const Problem& p, bool forward) {
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+  const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
+  const bool sizes_fit = p.x.n <= kLargest && p.y.n <= kLargest && p.x_elements() <= kLargest * 2 &&
+                         p.y_elements() <= kLargest * 2 &&
+                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
+  return p.multiplier == 1 && UsualWindow(p) && pads_fit && sizes_fit;
+}
+
+// The smallest kernel size with an instance of toeplitz.cuh that holds the filter; 0 for none.
+int ToeplitzKernelSize(const Problem& p, bool forward) {
+  const bool doubles = !forward && p.stride_h == 2;
+  for (int size : {3, 5, 7}) {
+    const int64_t slots = p.stride_w == 2 ? (14 + size + 3) / 4 : (7 + size + 3) / 4;
+    const int64_t needed = (ToeplitzTile::kColumns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
+    const bool columns_fit = doubles ? p.kernel_w <= size : needed <= 4 * slots;
+    if (p.kernel_h <= size && columns_fit) return size;
+  }
+  return 0;
+}
+
+bool ToeplitzApplies(const Problem& p, bool forward, const Device& device, int64_t alignment) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool half_types =
+      (p.x_dtype == Dtype::kBF16 || p.x_dtype == Dtype::kF16) && p.filter_dtype == p.x_dtype && p.y_dtype == p.x_dtype;
+  const bool usual_window = p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 &&
+                            (p.dilation_w == 1 || forward || p.stride_h == 1);
+  const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
+  const bool sizes_fit = p.x_elements() < 4 * kMost && p.y_elements() < 4 * kMost && p.filter_elements() < kMost &&
+                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
+  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual && half_types &&
+         usual_window && pads_fit && sizes_fit && p.channels % 8 == 0 && alignment % 16 == 0 &&
+         ToeplitzKernelSize(p, forward) != 0;
+}
+
+// Estimated time in cycles; infinite where the tile does not fit the device. Fitted like EstimateMarch.
+double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& tile, const Device& device) {
+  constexpr double kRegisters = 65536, kMarchers = 16, kColumns = ToeplitzTile::kColumns;
+  const double k = tile.kernel_size, lead = (k - 1) / 2;
+  const bool stride_2 = m.stride == 2 && !m.doubles;
+  const double marcher_pixels = m.doubles ? 4 : kColumns * m.stride;
+  const double pixels = m.doubles ? 4 + lead : (kColumns - 1) * m.stride + k;
+  const double slots = std::ceil(pixels / 4), pairs = std::ceil(slots / 2);
+  const double source_rows = m.doubles ? 1 : 2, result_rows = stride_2 ? 1 : 2;  // per step
+  const double steps = (m.doubles || stride_2 ? tile.rows : CeilDiv(tile.rows, 2)) + lead;
+
+  const double segments = std::floor(kMarchers / tile.wide);
+  const double columns = m.doubles ? 2 * m.columns : m.columns;
+  const double all_segments =
+      double(p.batch) * CeilDiv(m.rows, tile.rows) * std::ceil(columns / (kColumns * tile.wide));
+  const double blocks = std::ceil(all_segments / segments) * CeilDiv(p.channels, tile.channels);
+  const double threads = tile.channels * 8;
+  const double row_pixels = (tile.wide - 1) * marcher_pixels + 4 * slots;
+  const double loads = std::ceil(segments * row_pixels * tile.channels / 8 / threads);
+  double units = std::ceil(row_pixels / marcher_pixels);
+  if (tile.wide == 1 && std::fmod(units, 2) == 0) ++units;
+
+  const double pixel_bytes = 2 * tile.channels;
+  const double shared = (m.doubles ? 4 : 3) * source_rows * segments * units * marcher_pixels * pixel_bytes +
+                        2 * result_rows * kMarchers * kColumns * pixel_bytes + std::ceil(loads / 2) * 2 * threads * 16 +
+                        kMarchers * 28 + k * k * pixel_bytes;
+  if (shared + 8 * tile.channels > device.most_shared_memory) return std::numeric_limits<double>::infinity();
+  const double registers = m.doubles ? 56 + 20 * k : k == 3 ? 128 : stride_2 ? 67 + 21.5 * k : 55 + 27 * k;
+  const double resident = std::clamp(
+      std::floor(std::min(kRegisters / (registers * threads), device.shared_memory / (shared + 1024))), 1.0, 16.0);
+
+  const double products = k * 4 * source_rows * (pairs == 1 ? 0.5 : pairs == 2 ? 1 : 1.5);
+  const double per_multiprocessor = blocks / device.multiprocessors;
+  double waves = std::max(1.0, per_multiprocessor / resident);
+  if (waves < 3) waves = std::ceil(waves);
+  const double active = std::max(1.0, std::min(resident, per_multiprocessor)) * tile.channels / 16;
+  const double latency = 435 + 12.8 * products + 23.8 * loads * source_rows;
+  const double issue = (73 * (source_rows + result_rows) + 4.14 * products + 58 * loads * source_rows) * active;
+  const double compute = waves * (722 + steps * std::max(latency, issue));
+
+  constexpr double kBytesPerCycle = 15.6;  // of one multiprocessor
+  const double source_per_strip = m.doubles ? tile.rows + lead : tile.rows * m.stride + k - m.stride;
+  const double halo = source_per_strip / (tile.rows * (m.doubles ? 1.0 : m.stride)) *
+                      ((tile.wide - 1) * marcher_pixels + pixels) / (tile.wide * marcher_pixels);
+  const double bytes = 2.0 * (m.source_elements * (1 + 0.446 * (halo - 1)) + m.result_elements);
+  const double memory = bytes / (kBytesPerCycle * device.multiprocessors) * (tile.channels == 16 ? 1.14 : 1);
+  return 3650 + std::max(compute, memory) + 0.48 * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!MarchApplies(p, forward)) return;
+  const Sizes m(p, forward);
+  // The estimate ranks the tiles of these kernels. To compare it with others: in NHWC they reach about this rate.
+  const double half_rate = m.doubles ? 6.5 : 8.5;  // bytes per cycle of one multiprocessor
+  const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
+  double least = 0;
+  if (m.source_bytes == 2) least = bytes / (half_rate * device.multiprocessors);
+  if (m.source_bytes == 4 && p.channels_last) least = bytes / (10.2 * device.multiprocessors);
+  for (const MarchInstance& instance : kMarchInstances) {
+    MarchTile tile = instance.tile;
+    const int64_t widest = tile.vector * std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
+    if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
+        alignment % widest != 0 || !SuitsLayout(p, tile.vector, tile.columns) ||
+        !HasMarchInstance(m.source_bytes == m.result_bytes, m.source_bytes == 4, static_cast<int>(m.stride),
+                          instance.kernel_h, instance.kernel_w, tile.vector, tile.columns)) {
+      continue;
+    }
+    ForStripRows(m.rows, [&](int rows) {
+      tile.rows = rows;
+      // The estimate goes in once more, so that tiles which the rate bounds stay in their order.
+      const double cycles = EstimateMarch(p, m, tile, device);
+      visit(PassPlan{PassPlan::Kernel::kMarch, false, tile, {}, {}, {}, std::max(cycles, least + 1e-3 * cycles)});
+    });
+  }
+}
+
+// NCHW, stride 1, as many columns in the result as in the source, the same padding on both sides.
+bool MarchPlanesApply(const Problem& p, bool forward) {
+  const bool same = p.kernel_h == p.kernel_w && p.in_w == p.out_w && p.pad_left == (p.kernel_w - 1) / 2;
+  const bool one_type = p.x_dtype == p.y_dtype;
+  return !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && same && one_type && MarchApplies(p, forward);
+}
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
+  const double k = m.kernel_h, t = tile.columns;
+  const double tiles = p.in_w / tile.columns, rows_per_warp = std::floor(32 / tiles);
+  const double units = double(p.batch) * p.channels * CeilDiv(m.rows, tile.rows);
+  const double blocks = std::ceil(units / rows_per_warp / 4);
+  const double registers = 18 + k * k + k * t + 2 * (t + k) + tile.ahead * t * m.source_bytes / 4.0;
+  const double resident =
+      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double source_rows = tile.rows + k - 1;
+  const double instructions = 546 + 2.4 * k * k + source_rows * (0.615 * k * k * t + 10.5 * (k - 1) + 194);
+  const double latency = 525 + source_rows * 1790 / tile.ahead + 0.65 * instructions;
+  const double compute = waves * std::max(0.342 * instructions * active, latency);
+  const double traffic = m.source_elements * (1 + 0.645 * (k - 1) / tile.rows) + m.result_elements;
+  const double strip_kilobytes = double(tile.rows) * m.columns * m.result_bytes / 1024;
+  const double tall = 1 + 0.051 * strip_kilobytes;  // measured; the reason is not known
+  const double memory = traffic * m.source_bytes * tall / (15.3 * device.multiprocessors);
+  return std::max(compute, memory) + 0.2 * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitMarchPlanes(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!MarchPlanesApply(p, forward)) return;
+  const Sizes m(p, forward);
+  for (const MarchInstance& instance : kMarchPlanesInstances) {
+    MarchTile tile = instance.tile;
+    if (instance.kernel_h != p.kernel_h || p.in_w % tile.columns != 0 || p.in_w / tile.columns > 32 ||
+        alignment % std::min<int64_t>(16, tile.columns * m.source_bytes) != 0) {
+      continue;
+    }
+    ForStripRows(m.rows, [&](int rows) {
+      tile.rows = rows;
+      const double cycles = EstimateMarchPlanes(p, m, tile, device);
+      visit(PassPlan{PassPlan::Kernel::kMarchPlanes, false, tile, {}, {}, {}, cycles});
+    });
+  }
+}
+
+template <class Visit>
+void VisitToeplitz(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!ToeplitzApplies(p, forward, device, alignment)) return;
+  const Sizes m(p, forward);
+  const int64_t wide_most = CeilDiv(m.doubles ? 2 * m.columns : m.columns, ToeplitzTile::kColumns);
+  const int size = ToeplitzKernelSize(p, forward);
+  for (const ToeplitzTile& block : kToeplitzBlocks) {
+    if (block.kernel_size != size) continue;
+    for (int wide : {1, 2, 3, 4, 5, 7, 8, 14, 16}) {
+      if (wide > std::max<int64_t>(1, wide_most)) break;
+      ForStripRows(std::min<int64_t>(m.rows, 1 << 14), [&](int rows) {
+        const ToeplitzTile tile{size, block.channels, wide, rows};
+        const double cycles = EstimateToeplitz(p, m, tile, device);
+        if (std::isfinite(cycles)) visit(PassPlan{PassPlan::Kernel::kToeplitz, false, {}, tile, {}, {}, cycles});
+      });
+    }
+  }
+}
+
+constexpr BurstInstance kBurstInstances[] = {
+#define DWSCONV_TILE(kernel_size, vector, columns, rows) {kernel_size, {vector, columns, rows}},
+    DWSCONV_BURST_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
+
+bool BurstApplies(const Problem& p, bool forward) {
+  constexpr int64_t kMostBlocks = 65535;  // in y and z of a grid
+  const bool sizes_fit = p.batch <= kMostBlocks && std::max(p.in_h, p.out_h) <= kMostBlocks;
+  return p.kernel_h == p.kernel_w && sizes_fit && MarchApplies(p, forward);
+}
+
+// What was fitted for a layout.
+struct BurstCosts {
+  double start, first_load, instructions, per_product, per_load, per_conversion, per_tap, per_store;
+  double chain, issue, load_words, store_words, halo, bytes_per_cycle, overlap;
+};
+constexpr BurstCosts kBurstNhwc{1094, 348, 53, 0.86, 7.7, 4.4, 5.9, 2.9, 2.57, 1.29, 2.5, 3.6, 0.24, 13.9, 0.21};
+constexpr BurstCosts kBurstNchw{2093, 156, 66, 6.9, 14.3, 1.3, 3.0, 4.6, 1.41, 0.67, 2.4, 5.7, 0.05, 18.0, 0.08};
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
+  const BurstCosts& cost = p.channels_last ? kBurstNhwc : kBurstNchw;
+  const double k = m.kernel_h, v = tile.vector, taps = k * k;
+  const auto read = [&](int size) { return m.doubles ? size + (k - 1) / 2 : (size - 1) * m.stride + k; };
+  const double loads = read(tile.rows) * read(tile.columns);
+  const double stores = (m.doubles ? 4 : 1) * tile.rows * tile.columns;
+  const double products = taps * tile.rows * tile.columns * v;
+  const double per_strip = std::ceil(double(p.channels / tile.vector) * CeilDiv(m.columns, tile.columns) / kThreads);
+  const double blocks = double(p.batch) * CeilDiv(m.rows, tile.rows) * per_strip;
+  const double registers = 30 + loads * std::max(1.0, v * m.source_bytes / 4.0) + taps * v + stores * v;
+  const double resident =
+      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+
+  const double conversion = m.source_bytes == 2 ? cost.per_conversion * v : 0;
+  const double instructions = cost.instructions + cost.per_product * products + loads * (cost.per_load + conversion) +
+                              taps * (cost.per_tap + 0.5 * v) + stores * (cost.per_store + 0.7 * v);
+  const double latency = cost.first_load + cost.chain * instructions;
+  const auto words = [&](double elements, int64_t bytes) { return std::max(1.0, elements * bytes / 4.0); };
+  double transactions;
+  if (p.channels_last) {
+    transactions = (loads + taps) * words(v, m.source_bytes) * cost.load_words + stores * cost.store_words;
+  } else {  // neighbouring threads are a tile apart
+    transactions = loads * words(tile.columns * (m.doubles ? 1 : m.stride), m.source_bytes) * cost.load_words +
+                   stores * words(tile.columns * (m.doubles ? 2 : 1), m.result_bytes) * cost.store_words + taps;
+  }
+  const double compute = waves * std::max({cost.issue * instructions * active, latency, 4 * transactions * active});
+  const double halo = read(tile.rows) / (tile.rows * (m.doubles ? 1.0 : m.stride));
+  const double bytes = double(m.source_elements) * m.source_bytes * (1 + cost.halo * (halo - 1)) +
+                       double(m.result_elements) * m.result_bytes;
+  const double memory = bytes / (cost.bytes_per_cycle * device.multiprocessors);
+  return cost.start + std::max(compute, memory) + cost.overlap * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitBurst(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!BurstApplies(p, forward)) return;
+  const Sizes m(p, forward);
+  const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
+  for (const BurstInstance& instance : kBurstInstances) {
+    const BurstTile& tile = instance.tile;
+    if (instance.kernel_size != p.kernel_h || p.channels % tile.vector != 0 || alignment % (tile.vector * widest) != 0 ||
+        (!p.channels_last && tile.vector != 1) ||
+        !HasBurstInstance(m.source_bytes == m.result_bytes, tile.vector, tile.columns, tile.rows)) {
+      continue;
+    }
+    const double cycles = EstimateBurst(p, m, tile, device);
+    visit(PassPlan{PassPlan::Kernel::kBurst, false, {}, {}, tile, {}, cycles});
+  }
+}
+
+bool SlideApplies(const Problem& p, bool forward) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool strided = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  const bool pads_fit = forward || !strided || (p.pad_top >= 0 && p.pad_left >= 0);
+  const auto fits = [&](int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad) {
+    return std::abs(pad) <= 1 << 24 && size <= 1 << 24 && kernel * dilation <= 1 << 24 && stride <= 1 << 24;
+  };
+  const int64_t result = forward ? p.y_elements() : p.x_elements();
+  const int64_t sixteen = 16;  // no tile has more threads than that many for each result
+  return !(strided && dilated) && pads_fit && result / p.batch <= kMost / sixteen &&
+         fits(std::max(p.in_h, p.out_h), p.kernel_h, p.stride_h, p.dilation_h, p.pad_top) &&
+         fits(std::max(p.in_w, p.out_w), p.kernel_w, p.stride_w, p.dilation_w, p.pad_left) &&
+         p.out_h * p.stride_h <= kMost / 2 && p.out_w * p.stride_w <= kMost / 2;
+}
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, const Device& device) {
+  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16, kResults = SlideTile::kResults;
+  const Sizes m(p, forward);
+  const bool height = tile.along_height;
+  const auto choose = [&](int64_t h, int64_t w) { return height ? h : w; };
+  const int64_t along = forward ? choose(p.out_h, p.out_w) : choose(p.in_h, p.in_w);
+  const int64_t across = forward ? choose(p.out_w, p.out_h) : choose(p.in_w, p.in_h);
+  const int64_t stride = choose(p.stride_h, p.stride_w), phases = SlidePhases(stride, choose(p.dilation_h, p.dilation_w), forward);
+  int64_t taps = choose(p.kernel_h, p.kernel_w), lines = choose(p.kernel_w, p.kernel_h), runs = 1;
+  if (forward) {
+    runs = std::min(stride, taps);
+  } else {
+    taps = CeilDiv(taps, stride);
+    lines = CeilDiv(lines, choose(p.stride_w, p.stride_h)) * p.multiplier;
+  }
+  const double groups = lines * runs * CeilDiv(CeilDiv(taps, runs), SlideTile::kResults);
+  const double v = tile.vector, vectors = double(forward ? p.out_channels() : p.channels) / v;
+  const double threads = double(p.batch) * vectors * across * phases * CeilDiv(CeilDiv(along, phases), SlideTile::kResults);
+  const double blocks = std::ceil(threads / kThreads);
+  const double registers = tile.vector == 1 ? 62 : tile.vector == 2 ? 70 : 100;
+  const double resident = std::clamp(std::floor(kRegisters / (kThreads * registers)), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+
+  const double loads = groups * kResults + lines * runs * (kResults - 1);
+  const double conversion = m.source_bytes == 2 ? 0.25 * v : 0;
+  const double instructions = 94 + 95.0 * lines * runs + loads * (8.3 + conversion) +
+                              groups * kResults * (12.6 + conversion) + 0.85 * kResults * lines * taps * v;
+  const double latency = 4.34 * instructions + 192 * groups;
+  const double words = std::max(1.0, v * m.source_bytes / 4.0);
+  const bool apart = !p.channels_last && !height;  // neighbouring threads are a tile apart
+  const double each = apart ? std::max(1.0, kResults * (forward ? stride : 1) * m.source_bytes / 4) * 0.245 : 1;
+  const double transactions = 1.65 * (loads * words * each + groups * kResults * words);
+  const double compute = waves * std::max({1.2 * instructions * active, latency, 4 * transactions * active});
+  const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
+  const double memory = bytes / (11.5 * device.multiprocessors) * (apart ? 3.5 : 1);
+  return 2820 + std::max(compute, memory) + 0.67 * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitSlide(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!SlideApplies(p, forward)) return;
+  const Sizes m(p, forward);
+  const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
+  for (int vector : {1, 2, 4}) {
+    const bool vectors_fit = p.channels_last && p.multiplier == 1 && p.filter.c == 1 && p.channels % vector == 0 &&
+                             alignment % (vector * widest) == 0;
+    if (vector > 1 && !vectors_fit) break;
+    for (bool along_height : {false, true}) {
+      const SlideTile tile{vector, along_height};
+      const double cycles = EstimateSlide(p, forward, tile, device);
+      visit(PassPlan{PassPlan::Kernel::kSlide, false, {}, {}, {}, tile, cycles});
+    }
+  }
+}
+
+template <class Visit>
+void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  VisitMarch(p, forward, device, alignment, visit);
+  VisitMarchPlanes(p, forward, device, alignment, visit);
+  VisitToeplitz(p, forward, device, alignment, visit);
+  VisitBurst(p, forward, device, alignment, visit);
+  VisitSlide(p, forward, device, alignment, visit);
+  if (CanTurn(p)) {
+    VisitMarch(Turned(p), forward, device, alignment, [&](PassPlan plan) {
+      plan.turned = true;
+      visit(plan);
+    });
+  }
+}
+
+}  // namespace
+
+std::string PassPlan::Text() const {
+  switch (kernel) {
+    case Kernel::kMarch: return "march:" + Join({march.vector, march.columns, march.ahead, march.rows});
+    case Kernel::kMarchPlanes: return "march_planes:" + Join({march.columns, march.ahead, march.rows});
+    case Kernel::kToeplitz: return "toeplitz:" + Join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
+    case Kernel::kBurst: return "burst:" + Join({burst.vector, burst.columns, burst.rows});
+    case Kernel::kSlide: return "slide:" + Join({slide.vector}) + (slide.along_height ? "xheight" : "xwidth");
+    case Kernel::kGather: break;
+  }
+  return "gather";
+}
+
+std::vector<PassPlan> PassCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment) {
+  return Candidates(PassPlan{}, [&](const auto& visit) { VisitPasses(p, forward, device, alignment, visit); });
+}
+
+PassPlan PlanPass(const Problem& p, bool forward, const Device& device, int64_t alignment, std::string_view forced) {
+  return Choose(forced, PassPlan{}, [&](const auto& visit) { VisitPasses(p, forward, device, alignment, visit); });
+}
+
+}  // namespace dwsconv
