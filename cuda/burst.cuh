@@ -33,6 +33,35 @@ struct BurstAxis {
   }
 };
 
+// Zeros outside the image.
+template <class X, int kVector, int kRows, int kColumns>
+__device__ __forceinline__ void LoadTile(const Grid& grid, const X* pixels, int row, int column,
+                                         Packed<X, kVector> (&tile)[kRows][kColumns]) {
+  const int step_h = static_cast<int>(grid.step.h), step_w = static_cast<int>(grid.step.w);
+  const bool inside = row >= 0 && row + kRows <= grid.h && column >= 0 && column + kColumns <= grid.w;
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        tile[i][j] = *reinterpret_cast<const Packed<X, kVector>*>(pixels + i * step_h + j * step_w);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      tile[i][j] = {};
+      if (static_cast<unsigned>(row + i) < static_cast<unsigned>(grid.h) &&
+          static_cast<unsigned>(column + j) < static_cast<unsigned>(grid.w)) {
+        tile[i][j] = *reinterpret_cast<const Packed<X, kVector>*>(pixels + i * step_h + j * step_w);
+      }
+    }
+  }
+}
+
 template <class X, class Y, Pass kPass, int kK, int kVector, int kTileColumns, int kTileRows>
 __global__ void __launch_bounds__(kBurstThreads)
     BurstKernel(const __grid_constant__ Burst m, const X* __restrict__ source, const void* __restrict__ filter,
@@ -47,20 +76,18 @@ __global__ void __launch_bounds__(kBurstThreads)
   const int tile = static_cast<int>(m.channels_last ? slow : fast), strip = blockIdx.y, image = blockIdx.z;
 
   const int first_row = Row::FirstRead(strip, m.pad_top), first_column = Column::FirstRead(tile, m.pad_left);
-  const bool inside = first_column >= 0 && first_column + Column::kRead <= m.source.w;
-  const X* pixels = source + image * m.source.step.n + channel * m.source.step.c;
+  const X* const pixels = source + image * m.source.step.n + channel * m.source.step.c +
+                          first_row * m.source.step.h + first_column * m.source.step.w;
   Packed<X, kVector> read[Row::kRead][Column::kRead];
-#pragma unroll
-  for (int r = 0; r < Row::kRead; ++r) LoadRow(m.source, pixels, first_row + r, first_column, inside, read[r]);
+  LoadTile(m.source, pixels, first_row, first_column, read);
   float taps[kK][kK][kVector];
   LoadFilter<Narrower<X, Y>>(m, image, channel, filter, taps);
   float bias[kVector];
   LoadBias(m.epilogue, channel, bias);
   ScaleTaps(m.epilogue, channel, taps);
 
-  float sums[Row::kWritten][Column::kWritten][kVector];
-#pragma unroll
-  for (auto& row : sums) Start(bias, row);
+  float sums[Row::kWritten * Column::kWritten][kVector];
+  Start(bias, sums);
 #pragma unroll
   for (int r = 0; r < Row::kRead; ++r) {
     float in[Column::kRead][kVector];
@@ -75,26 +102,29 @@ __global__ void __launch_bounds__(kBurstThreads)
         for (int w = 0; w < Column::kWritten; ++w) {
           const int j = Column::Tap(c, w);
           if (j < 0 || j >= kK) continue;
+          float(&sum)[kVector] = sums[h * Column::kWritten + w];
 #pragma unroll
-          for (int v = 0; v < kVector; ++v) sums[h][w][v] = fmaf(in[c][v], taps[i][j][v], sums[h][w][v]);
+          for (int v = 0; v < kVector; ++v) sum[v] = fmaf(in[c][v], taps[i][j][v], sum[v]);
         }
       }
     }
   }
 
-  const int64_t out = image * m.result.step.n + channel * m.result.step.c;
   const int out_row = Row::FirstWritten(strip, m.pad_top), out_column = Column::FirstWritten(tile, m.pad_left);
+  const int step_h = static_cast<int>(m.result.step.h), step_w = static_cast<int>(m.result.step.w);
+  const int64_t out = image * m.result.step.n + channel * m.result.step.c + out_row * m.result.step.h +
+                      out_column * m.result.step.w;
+  const auto exists = [&](int b) {
+    return static_cast<unsigned>(out_row + b / Column::kWritten) < static_cast<unsigned>(m.result.h) &&
+           static_cast<unsigned>(out_column + b % Column::kWritten) < static_cast<unsigned>(m.result.w);
+  };
+  const auto offset = [&](int b) { return b / Column::kWritten * step_h + b % Column::kWritten * step_w; };
+  if (kPass != Pass::kStride2Gradient) {
+    Finish<Y>(m.epilogue, exists, [&](int b) { return out + offset(b); }, sums);
+  }
 #pragma unroll
-  for (int h = 0; h < Row::kWritten; ++h) {
-    if (static_cast<unsigned>(out_row + h) >= static_cast<unsigned>(m.result.h)) continue;
-    const int64_t row = out + (out_row + h) * m.result.step.h;
-    const auto exists = [&](int w) { return static_cast<unsigned>(out_column + w) < static_cast<unsigned>(m.result.w); };
-    const auto offset = [&](int w) { return row + (out_column + w) * m.result.step.w; };
-    if (kPass != Pass::kStride2Gradient) Finish<Y>(m.epilogue, exists, offset, sums[h]);
-#pragma unroll
-    for (int w = 0; w < Column::kWritten; ++w) {
-      if (exists(w)) StoreVector(result + offset(w), sums[h][w]);
-    }
+  for (int b = 0; b < Row::kWritten * Column::kWritten; ++b) {
+    if (exists(b)) StoreVector(result + out + offset(b), sums[b]);
   }
 }
 

@@ -13,11 +13,18 @@ Correlation DescribeCorrelation(const PassCall& call) {
   c.source = forward ? InputGrid(p) : OutputGrid(p);
   c.result = forward ? OutputGrid(p) : InputGrid(p);
   c.filter = p.filter;
-  c.images_per_group = p.groups == 1 ? 0 : p.images_per_group();
+  c.grouped = p.groups > 1;
+  c.images_per_group = Divisor(static_cast<uint32_t>(p.images_per_group()));
   c.filter_is_float = p.filter_dtype == Dtype::kF32;
-  c.mirrored = PassOf(p, forward) == Pass::kStride1 && !forward;
-  c.pad_top = static_cast<int>(c.mirrored ? p.kernel_h - 1 - p.pad_top : p.pad_top);
-  c.pad_left = static_cast<int>(c.mirrored ? p.kernel_w - 1 - p.pad_left : p.pad_left);
+  c.pad_top = static_cast<int>(p.pad_top);
+  c.pad_left = static_cast<int>(p.pad_left);
+  if (PassOf(p, forward) == Pass::kStride1 && !forward) {  // mirrored
+    c.pad_top = static_cast<int>(p.kernel_h - 1 - p.pad_top);
+    c.pad_left = static_cast<int>(p.kernel_w - 1 - p.pad_left);
+    c.first_tap = (p.kernel_h - 1) * p.filter.h + (p.kernel_w - 1) * p.filter.w;
+    c.filter.h = -p.filter.h;
+    c.filter.w = -p.filter.w;
+  }
   c.epilogue = DescribeEpilogue(call.epilogue);
   return c;
 }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/divisor.h"
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/problem.h"
@@ -30,10 +31,12 @@ Grid OutputGrid(const Problem& p);  // of y
 // `source` is what is read (x, or g for grad_input), `result` what is written.
 struct Correlation {
   Grid source, result;
-  Strides filter;
-  int64_t images_per_group;  // 0: one filter for all images
+  Strides filter;     // between the taps in the order of the source that they meet
+  int64_t first_tap;  // where the first of them is
+  Divisor images_per_group;
   int pad_top, pad_left;
-  bool filter_is_float, mirrored;
+  bool grouped;  // else one filter for all images
+  bool filter_is_float;
   FusedEpilogue epilogue;
 };
 

@@ -57,7 +57,10 @@ __device__ __forceinline__ void LoadScale(const FusedEpilogue& e, int channel, f
 template <int kCount>
 __device__ __forceinline__ void LoadBias(const FusedEpilogue& e, int channel, float (&bias)[kCount]) {
 #pragma unroll
-  for (int v = 0; v < kCount; ++v) bias[v] = e.bias == nullptr ? 0 : e.bias[channel + v];
+  for (float& b : bias) b = 0;
+  if (e.bias == nullptr) return;
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) bias[v] = e.bias[channel + v];
 }
 
 // The taps take in the scale, and the sums start at the bias: so the loop over the taps does what they ask for.
@@ -95,7 +98,7 @@ __device__ __forceinline__ void Finish(const FusedEpilogue& e, const Exists& exi
     for (int b = 0; b < kTile; ++b) {
       if (!exists(b)) continue;
       float added[kVector];
-      reinterpret_cast<const Packed<Y, kVector>*>(static_cast<const Y*>(e.residual) + offset(b))->Unpack(added);
+      LoadVector(static_cast<const Y*>(e.residual) + offset(b), added);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) values[b][v] += added[v];
     }

@@ -86,6 +86,13 @@ struct Packed<BFloat16, 1> : PackedOne<BFloat16> {};
 template <>
 struct Packed<Float16, 1> : PackedOne<Float16> {};
 
+// With one instruction, which reading the words one by one would not be.
+template <class X, int kVector>
+__device__ __forceinline__ void LoadVector(const X* p, float (&values)[kVector]) {
+  const Packed<X, kVector> in = *reinterpret_cast<const Packed<X, kVector>*>(p);
+  in.Unpack(values);
+}
+
 template <class Y, int kVector>
 __device__ __forceinline__ void StoreVector(Y* p, const float (&values)[kVector]) {
   Packed<Y, kVector> out;

@@ -106,6 +106,9 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
   return std::max(compute, memory) + 0.12 * std::min(compute, memory);
 }
 
+// A vector of channels comes with one load.
+bool FilterSuits(const Problem& p, int vector) { return vector == 1 || p.filter.c == 1; }
+
 bool MarchApplies(const Problem& p, bool forward) {
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
@@ -204,7 +207,7 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
     MarchTile tile = instance.tile;
     const int64_t widest = tile.vector * std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
     if (instance.kernel_h != p.kernel_h || instance.kernel_w != p.kernel_w || p.channels % tile.vector != 0 ||
-        alignment % widest != 0 || !SuitsLayout(p, tile.vector, tile.columns) ||
+        alignment % widest != 0 || !SuitsLayout(p, tile.vector, tile.columns) || !FilterSuits(p, tile.vector) ||
         !HasMarchInstance(m.source_bytes == m.result_bytes, m.source_bytes == 4, static_cast<int>(m.stride),
                           instance.kernel_h, instance.kernel_w, tile.vector, tile.columns)) {
       continue;
@@ -352,7 +355,7 @@ void VisitBurst(const Problem& p, bool forward, const Device& device, int64_t al
   for (const BurstInstance& instance : kBurstInstances) {
     const BurstTile& tile = instance.tile;
     if (instance.kernel_size != p.kernel_h || p.channels % tile.vector != 0 || alignment % (tile.vector * widest) != 0 ||
-        (!p.channels_last && tile.vector != 1) ||
+        (!p.channels_last && tile.vector != 1) || !FilterSuits(p, tile.vector) ||
         !HasBurstInstance(m.source_bytes == m.result_bytes, tile.vector, tile.columns, tile.rows)) {
       continue;
     }

@@ -117,8 +117,9 @@ class Divided(NamedTuple):
 
         The results do not change from run to run: on a GPU, XLA neither uses atomics nor tries algorithms out.
         """
+        deterministic = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
         shardings = {"in_shardings": (self.state, self.images, self.images), "out_shardings": self.state}
-        return jax.jit(step, **shardings, compiler_options={"xla_gpu_deterministic_ops": True}, **options)
+        return jax.jit(step, **shardings, compiler_options=deterministic, **options)
 
 
 class CheckpointError(Exception):
