@@ -26,7 +26,16 @@ void Launch(const PassCall& call) {
 
 template <class X, class Y, Pass kPass>
 bool LaunchTile(const PassCall& call, const BurstTile& tile) {
-#define DWSCONV_TRY(kK, kVector, kColumns, kRows)                                                  if constexpr (HasBurstInstance(std::is_same_v<X, Y>, kVector, kColumns, kRows)) {                  if (call.problem.kernel_h == kK && tile == BurstTile{kVector, kColumns, kRows}) {             Launch<X, Y, kPass, kK, kVector, kColumns, kRows>(call);                                         return true;                                                                                   }                                                                                              }
+#define DWSCONV_TRY(kK, kVector, kColumns, kRows)                                               \
+  {                                                                                             \
+    constexpr BurstTile kTile{kVector, kColumns, kRows};                                        \
+    if constexpr (HasBurstInstance(std::is_same_v<X, Y>, kPass == Pass::kStride2, kK, kTile)) { \
+      if (call.problem.kernel_h == kK && tile == kTile) {                                       \
+        Launch<X, Y, kPass, kK, kVector, kColumns, kRows>(call);                                \
+        return true;                                                                            \
+      }                                                                                         \
+    }                                                                                           \
+  }
   DWSCONV_BURST_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY
   return false;

@@ -1,5 +1,5 @@
-// The kernel for problems that are too small to hide a latency: a thread has a small tile of the result, and all that it
-// reads is in flight at once. Rows are not reused beyond the tile; what neighbours share comes from the caches.
+// The kernel for problems that are too small to hide a latency: a thread has a small tile of the result, and all that
+// it reads is in flight at once. Rows are not reused beyond the tile; what neighbours share comes from the caches.
 #ifndef JAX_DWSCONV_CUDA_BURST_CUH_
 #define JAX_DWSCONV_CUDA_BURST_CUH_
 
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kBurstThreads)
   const int tile = static_cast<int>(m.channels_last ? slow : fast), strip = blockIdx.y, image = blockIdx.z;
 
   const int first_row = Row::FirstRead(strip, m.pad_top), first_column = Column::FirstRead(tile, m.pad_left);
-  const X* const pixels = source + image * m.source.step.n + channel * m.source.step.c +
-                          first_row * m.source.step.h + first_column * m.source.step.w;
+  const X* const pixels = source + image * m.source.step.n + channel * m.source.step.c + first_row * m.source.step.h +
+                          first_column * m.source.step.w;
   Packed<X, kVector> read[Row::kRead][Column::kRead];
   LoadTile(m.source, pixels, first_row, first_column, read);
   float taps[kK][kK][kVector];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kBurstThreads)
         for (int w = 0; w < Column::kWritten; ++w) {
           const int j = Column::Tap(c, w);
           if (j < 0 || j >= kK) continue;
-          float(&sum)[kVector] = sums[h * Column::kWritten + w];
+          float (&sum)[kVector] = sums[h * Column::kWritten + w];
 #pragma unroll
           for (int v = 0; v < kVector; ++v) sum[v] = fmaf(in[c][v], taps[i][j][v], sum[v]);
         }
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kBurstThreads)
 
   const int out_row = Row::FirstWritten(strip, m.pad_top), out_column = Column::FirstWritten(tile, m.pad_left);
   const int step_h = static_cast<int>(m.result.step.h), step_w = static_cast<int>(m.result.step.w);
-  const int64_t out = image * m.result.step.n + channel * m.result.step.c + out_row * m.result.step.h +
-                      out_column * m.result.step.w;
+  const int64_t out =
+      image * m.result.step.n + channel * m.result.step.c + out_row * m.result.step.h + out_column * m.result.step.w;
   const auto exists = [&](int b) {
     return static_cast<unsigned>(out_row + b / Column::kWritten) < static_cast<unsigned>(m.result.h) &&
            static_cast<unsigned>(out_column + b % Column::kWritten) < static_cast<unsigned>(m.result.w);

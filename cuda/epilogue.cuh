@@ -40,9 +40,7 @@ __device__ __forceinline__ void Activate(const FusedEpilogue& e, float (&values)
     case FusedEpilogue::Kind::kSilu: each([](float x) { return TimesSigmoid<Y>(x, x); }); break;
     case FusedEpilogue::Kind::kGelu:
       // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
-      each([](float x) {
-        return TimesSigmoid<Y>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f));
-      });
+      each([](float x) { return TimesSigmoid<Y>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f)); });
       break;
     case FusedEpilogue::Kind::kHardSwish: each([](float x) { return x * (Clamp(x + 3, 0, 6) * (1.0f / 6)); }); break;
   }

@@ -11,9 +11,9 @@ static ffi::Error ForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Diction
   const auto problem = DecodeProblem("forward", attrs, x, filter, *y);
   if (!problem) return problem.error();
   if (y->element_count() == 0) return ffi::Error::Success();
-  return PlanAndLaunch("forward", ordinal, attrs,
-                       {*problem, /*forward=*/true, Epilogue{}, x.untyped_data(), filter.untyped_data(),
-                        y->untyped_data(), stream});
+  return PlanAndLaunch(
+      "forward", ordinal, attrs,
+      {*problem, /*forward=*/true, Epilogue{}, x.untyped_data(), filter.untyped_data(), y->untyped_data(), stream});
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Forward, ForwardImpl,

@@ -15,9 +15,9 @@ static ffi::Error FusedForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Di
   if (!epilogue) return epilogue.error();
   if (y->element_count() == 0) return ffi::Error::Success();
   problem->has_residual = epilogue->residual != nullptr;
-  return PlanAndLaunch("fused_forward", ordinal, attrs,
-                       {*problem, /*forward=*/true, *epilogue, x.untyped_data(), filter.untyped_data(),
-                        y->untyped_data(), stream});
+  return PlanAndLaunch(
+      "fused_forward", ordinal, attrs,
+      {*problem, /*forward=*/true, *epilogue, x.untyped_data(), filter.untyped_data(), y->untyped_data(), stream});
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedForward, FusedForwardImpl,

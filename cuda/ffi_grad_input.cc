@@ -11,9 +11,9 @@ static ffi::Error GradInputImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   const auto problem = DecodeProblem("grad_input", attrs, *x, filter, g);
   if (!problem) return problem.error();
   if (x->element_count() == 0) return ffi::Error::Success();
-  return PlanAndLaunch("grad_input", ordinal, attrs,
-                       {*problem, /*forward=*/false, Epilogue{}, g.untyped_data(), filter.untyped_data(),
-                        x->untyped_data(), stream});
+  return PlanAndLaunch(
+      "grad_input", ordinal, attrs,
+      {*problem, /*forward=*/false, Epilogue{}, g.untyped_data(), filter.untyped_data(), x->untyped_data(), stream});
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GradInput, GradInputImpl,

@@ -1,8 +1,7 @@
-#include "cuda/gather.h"
-
 #include <limits>
 
 #include "cuda/gather.cuh"
+#include "cuda/gather.h"
 
 namespace dwsconv::cuda {
 namespace {

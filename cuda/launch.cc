@@ -17,13 +17,43 @@ std::atomic<int64_t> captured_calls{0};
 
 std::string Bytes(const PlanKey& key) {
   const Problem& p = key.problem;
-  const int64_t numbers[] = {
-      p.batch,      p.groups,     p.in_h,       p.in_w,         p.out_h,        p.out_w,     p.channels,
-      p.multiplier, p.kernel_h,   p.kernel_w,   p.stride_h,     p.stride_w,     p.dilation_h, p.dilation_w,
-      p.pad_top,    p.pad_left,   p.channels_last, p.has_residual, p.x.n,       p.x.h,       p.x.w,
-      p.x.c,        p.y.n,        p.y.h,        p.y.w,          p.y.c,          p.filter.n,  p.filter.h,
-      p.filter.w,   p.filter.c,   static_cast<int64_t>(p.x_dtype), static_cast<int64_t>(p.filter_dtype),
-      static_cast<int64_t>(p.y_dtype), key.ordinal, key.alignment, key.max_splits, key.forward};
+  const int64_t numbers[] = {p.batch,
+                             p.groups,
+                             p.in_h,
+                             p.in_w,
+                             p.out_h,
+                             p.out_w,
+                             p.channels,
+                             p.multiplier,
+                             p.kernel_h,
+                             p.kernel_w,
+                             p.stride_h,
+                             p.stride_w,
+                             p.dilation_h,
+                             p.dilation_w,
+                             p.pad_top,
+                             p.pad_left,
+                             p.channels_last,
+                             p.has_residual,
+                             p.x.n,
+                             p.x.h,
+                             p.x.w,
+                             p.x.c,
+                             p.y.n,
+                             p.y.h,
+                             p.y.w,
+                             p.y.c,
+                             p.filter.n,
+                             p.filter.h,
+                             p.filter.w,
+                             p.filter.c,
+                             static_cast<int64_t>(p.x_dtype),
+                             static_cast<int64_t>(p.filter_dtype),
+                             static_cast<int64_t>(p.y_dtype),
+                             key.ordinal,
+                             key.alignment,
+                             key.max_splits,
+                             key.forward};
   std::string bytes(reinterpret_cast<const char*>(numbers), sizeof(numbers));
   return bytes.append(key.forced);
 }
@@ -57,9 +87,8 @@ class Plans {
 
 ffi::ErrorOr<PassPlan> FindPassPlan(const PlanKey& key) {
   static Plans<PassPlan>& plans = *new Plans<PassPlan>;  // never destroyed: a thread may still launch at exit
-  return plans.Find(key, [&](const Device& device) {
-    return PlanPass(key.problem, key.forward, device, key.alignment, key.forced);
-  });
+  return plans.Find(
+      key, [&](const Device& device) { return PlanPass(key.problem, key.forward, device, key.alignment, key.forced); });
 }
 
 ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key) {

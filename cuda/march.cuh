@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kMarchThreads)
       if (kS == 1 || u % 2 == 0) {  // rows that complete a result
         AddTaps<kS>(in, taps[kH - 1], sums[kLast]);
         if (row - begin >= kH - 1) {
-Finish<Y>(m.epilogue, [&](int b) { return b < columns_left; },
-                    [&](int b) { return out - result + b * pixel; }, sums[kLast]);
+          Finish<Y>(
+              m.epilogue, [&](int b) { return b < columns_left; }, [&](int b) { return out - result + b * pixel; },
+              sums[kLast]);
 #pragma unroll
           for (int b = 0; b < kTile; ++b) {
             if (b < columns_left) StoreVector(out + b * pixel, sums[kLast][b]);

@@ -20,10 +20,10 @@ struct Int {
 template <class Visit>
 bool WithMarchTile(const MarchCall& call, const Visit& visit) {
   const Problem& p = call.pass.problem;
-#define DWSCONV_TRY(kH, kW, kVector, kColumns, kAhead)                                                              \
+#define DWSCONV_TRY(kH, kW, kVector, kColumns, kAhead)                                                        \
   if (p.kernel_h == kH && p.kernel_w == kW && call.tile.vector == kVector && call.tile.columns == kColumns && \
       call.tile.ahead == kAhead) {                                                                            \
-    return visit(Int<kH>{}, Int<kW>{}, Int<kVector>{}, Int<kColumns>{}, Int<kAhead>{});                             \
+    return visit(Int<kH>{}, Int<kW>{}, Int<kVector>{}, Int<kColumns>{}, Int<kAhead>{});                       \
   }
   DWSCONV_MARCH_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY

@@ -49,11 +49,13 @@ struct ToeplitzTile {
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 // clang-format on
 
-// Mixed types have the tiles that most layers take. Those of stride 2 that would not fit into the registers are left out.
+// Mixed types have the tiles that most layers take. Those of stride 2 that would not fit into the registers are left
+// out.
 constexpr bool HasMarchInstance(bool one_type, bool source_is_float, int stride, int kernel_h, int kernel_w, int vector,
                                 int columns) {
   const bool usual = kernel_h == kernel_w && vector * columns >= 4;
-  const bool too_large = stride == 2 && source_is_float && (vector * columns == 16 || kernel_h * vector == 14);
+  const bool too_large = stride == 2 && source_is_float && vector > 1 &&
+                         (vector * columns == 16 || columns == 7 * (kernel_h > 3) || kernel_h == 7);
   return (one_type || usual) && (stride == 1 || kernel_h == kernel_w) && !too_large;
 }
 
@@ -81,9 +83,10 @@ struct BurstTile {
   M(7, 1, 4, 4) M(7, 1, 4, 2) M(7, 1, 1, 4)
 // clang-format on
 
-// Mixed types have the tile that most layers take.
-constexpr bool HasBurstInstance(bool one_type, int vector, int columns, int rows) {
-  return one_type || (vector * columns * rows == 16 && columns == 4);
+// Mixed types have the tile that most layers take. The largest does not fit into the registers with stride 2.
+constexpr bool HasBurstInstance(bool one_type, bool strided, int kernel_size, const BurstTile& tile) {
+  const bool usual = tile.vector * tile.columns * tile.rows == 16 && tile.columns == 4;
+  return (one_type || usual) && !(strided && kernel_size == 7 && tile.columns * tile.rows == 16);
 }
 
 // forward and grad_input of every window that is not both strided and dilated (slide.cuh): a thread has `vector`
@@ -102,7 +105,14 @@ constexpr int64_t SlidePhases(int64_t stride, int64_t dilation, bool forward) {
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
-  enum class Kernel { kGather, kMarch, kMarchPlanes, kToeplitz, kBurst, kSlide };  // gather.cuh takes everything and has no estimate
+  enum class Kernel {
+    kGather,
+    kMarch,
+    kMarchPlanes,
+    kToeplitz,
+    kBurst,
+    kSlide
+  };  // gather.cuh takes everything and has no estimate
   Kernel kernel = Kernel::kGather;
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};

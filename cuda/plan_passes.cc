@@ -139,8 +139,8 @@ bool ToeplitzApplies(const Problem& p, bool forward, const Device& device, int64
   const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
   const bool sizes_fit = p.x_elements() < 4 * kMost && p.y_elements() < 4 * kMost && p.filter_elements() < kMost &&
                          std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
-  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual && half_types &&
-         usual_window && pads_fit && sizes_fit && p.channels % 8 == 0 && alignment % 16 == 0 &&
+  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual &&
+         half_types && usual_window && pads_fit && sizes_fit && p.channels % 8 == 0 && alignment % 16 == 0 &&
          ToeplitzKernelSize(p, forward) != 0;
 }
 
@@ -202,7 +202,7 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
   const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
   double least = 0;
   if (m.source_bytes == 2) least = bytes / (half_rate * device.multiprocessors);
-  if (m.source_bytes == 4 && p.channels_last) least = bytes / (10.2 * device.multiprocessors);
+  if (m.source_bytes == 4 && p.channels_last) least = bytes / (9.5 * device.multiprocessors);
   for (const MarchInstance& instance : kMarchInstances) {
     MarchTile tile = instance.tile;
     const int64_t widest = tile.vector * std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
@@ -306,8 +306,8 @@ struct BurstCosts {
   double start, first_load, instructions, per_product, per_load, per_conversion, per_tap, per_store;
   double chain, issue, load_words, store_words, halo, bytes_per_cycle, overlap;
 };
-constexpr BurstCosts kBurstNhwc{1094, 348, 53, 0.86, 7.7, 4.4, 5.9, 2.9, 2.57, 1.29, 2.5, 3.6, 0.24, 13.9, 0.21};
-constexpr BurstCosts kBurstNchw{2093, 156, 66, 6.9, 14.3, 1.3, 3.0, 4.6, 1.41, 0.67, 2.4, 5.7, 0.05, 18.0, 0.08};
+constexpr BurstCosts kBurstNhwc{1356, 165, 56, 0.91, 7.8, 0.97, 17, 1.1, 2.57, 1.17, 2.26, 3.7, 0.2, 15.9, 0.21};
+constexpr BurstCosts kBurstNchw{1826, 67, 49, 7.45, 14.3, 2.1, 0.73, 4.8, 1.46, 0.65, 2.33, 5.6, 0.81, 30, 0.05};
 
 // Estimated time in cycles, fitted like EstimateMarch.
 double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, const Device& device) {
@@ -354,9 +354,10 @@ void VisitBurst(const Problem& p, bool forward, const Device& device, int64_t al
   const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
   for (const BurstInstance& instance : kBurstInstances) {
     const BurstTile& tile = instance.tile;
-    if (instance.kernel_size != p.kernel_h || p.channels % tile.vector != 0 || alignment % (tile.vector * widest) != 0 ||
-        (!p.channels_last && tile.vector != 1) || !FilterSuits(p, tile.vector) ||
-        !HasBurstInstance(m.source_bytes == m.result_bytes, tile.vector, tile.columns, tile.rows)) {
+    if (instance.kernel_size != p.kernel_h || p.channels % tile.vector != 0 ||
+        alignment % (tile.vector * widest) != 0 || (!p.channels_last && tile.vector != 1) ||
+        !FilterSuits(p, tile.vector) ||
+        !HasBurstInstance(m.source_bytes == m.result_bytes, forward && m.stride == 2, instance.kernel_size, tile)) {
       continue;
     }
     const double cycles = EstimateBurst(p, m, tile, device);
@@ -387,7 +388,8 @@ double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, cons
   const auto choose = [&](int64_t h, int64_t w) { return height ? h : w; };
   const int64_t along = forward ? choose(p.out_h, p.out_w) : choose(p.in_h, p.in_w);
   const int64_t across = forward ? choose(p.out_w, p.out_h) : choose(p.in_w, p.in_h);
-  const int64_t stride = choose(p.stride_h, p.stride_w), phases = SlidePhases(stride, choose(p.dilation_h, p.dilation_w), forward);
+  const int64_t stride = choose(p.stride_h, p.stride_w),
+                phases = SlidePhases(stride, choose(p.dilation_h, p.dilation_w), forward);
   int64_t taps = choose(p.kernel_h, p.kernel_w), lines = choose(p.kernel_w, p.kernel_h), runs = 1;
   if (forward) {
     runs = std::min(stride, taps);
@@ -397,7 +399,8 @@ double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, cons
   }
   const double groups = lines * runs * CeilDiv(CeilDiv(taps, runs), SlideTile::kResults);
   const double v = tile.vector, vectors = double(forward ? p.out_channels() : p.channels) / v;
-  const double threads = double(p.batch) * vectors * across * phases * CeilDiv(CeilDiv(along, phases), SlideTile::kResults);
+  const double threads =
+      double(p.batch) * vectors * across * phases * CeilDiv(CeilDiv(along, phases), SlideTile::kResults);
   const double blocks = std::ceil(threads / kThreads);
   const double registers = tile.vector == 1 ? 62 : tile.vector == 2 ? 70 : 100;
   const double resident = std::clamp(std::floor(kRegisters / (kThreads * registers)), 1.0, kMostBlocks);

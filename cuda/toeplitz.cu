@@ -67,9 +67,8 @@ void Launch(const PassCall& call, const ToeplitzTile& tile) {
   const auto kernel = ToeplitzKernel<T, kK, kPass, kBlock>;
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   const auto blocks = static_cast<unsigned>(CeilDiv(m.total_segments, m.segments) * m.channel_blocks.value);
-  kernel<<<blocks, Memory::kThreads, shared, call.stream>>>(m, static_cast<const T*>(call.source),
-                                                       static_cast<const T*>(call.filter),
-                                                       static_cast<T*>(call.result));
+  kernel<<<blocks, Memory::kThreads, shared, call.stream>>>(
+      m, static_cast<const T*>(call.source), static_cast<const T*>(call.filter), static_cast<T*>(call.result));
 }
 
 template <class T, Pass kPass>
