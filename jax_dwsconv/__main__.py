@@ -110,6 +110,7 @@ def plan(options: argparse.Namespace) -> int:
     print("toeplitz: channels x marchers side by side x strip rows;")
     print("tap_sums: vector x columns x strip rows x lanes x splits;")
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
+    print("burst: vector x columns x rows; slide: vector x the axis along which it slides;")
     print("gather and pieces are the general kernels.")
     estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
     if not estimated:
@@ -146,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     layers = bench.add_mutually_exclusive_group()
     layers.add_argument("--layers", nargs="+", type=_layer, metavar="SIZE,CHANNELS,KERNEL,STRIDE")
     layers.add_argument("--models", nargs="+", default=[], choices=_bench.MODELS, help="all layers of these")
+    layers.add_argument("--random", type=_count, default=0, metavar="COUNT", help="layers that no model has")
+    bench.add_argument("--seed", type=int, default=0, help="of --random")
     bench.add_argument("--peers", nargs="*", default=["lax"], choices=_bench.PEERS)
     bench.add_argument("--sweep", action="store_true", help="also time the 40 most promising tiles (GPU)")
     bench.add_argument("--seconds", type=float, default=0.3, help="time for each measurement on the CPU")

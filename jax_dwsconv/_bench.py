@@ -38,15 +38,54 @@ _FMA_PER_SECOND = {"H100": 33.4e12, "H200": 33.4e12}  # float32, measured once
 
 
 class Layer(NamedTuple):
-    """A depthwise convolution of a square image with SAME padding."""
+    """A depthwise convolution with SAME padding, of a square image with a square kernel unless a width is given."""
 
     size: int
     channels: int
     kernel_size: int
     stride: int
+    width: int | None = None
+    kernel_width: int | None = None
+    dilation: int = 1
+    multiplier: int = 1
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.size, self.width or self.size
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """Height and width."""
+        return tuple(-(-n // self.stride) for n in self.image)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of the kernel."""
+        return self.kernel_size, self.kernel_width or self.kernel_size
 
     def __str__(self) -> str:
-        return f"{self.size}x{self.size}x{self.channels} k{self.kernel_size} s{self.stride}"
+        (height, width), (kernel_height, kernel_width) = self.image, self.window
+        kernel = f"k{kernel_height}" if kernel_height == kernel_width else f"k{kernel_height}x{kernel_width}"
+        text = f"{height}x{width}x{self.channels} {kernel} s{self.stride}"
+        text += f" d{self.dilation}" if self.dilation > 1 else ""
+        return text + (f" m{self.multiplier}" if self.multiplier > 1 else "")
+
+
+def random_layers(count: int, seed: int) -> list[Layer]:
+    """Layers that no model has: kernels of 2 to 9, some rectangular or dilated, odd images, odd numbers of channels."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    while len(layers) < count:
+        height, kernel_height = int(rng.integers(7, 57)), int(rng.integers(2, 10))
+        width = height if rng.random() < 0.5 else int(rng.integers(7, 57))
+        kernel_width = kernel_height if rng.random() < 0.6 else int(rng.integers(1, 10))
+        stride = 2 if rng.random() < 0.25 else 1
+        dilation = int(rng.integers(2, 5)) if stride == 1 and rng.random() < 0.3 else 1
+        channels = int(rng.integers(3, 50)) * 8 if rng.random() < 0.7 else int(rng.integers(20, 400))
+        multiplier = 2 if rng.random() < 0.15 else 1
+        layers.append(Layer(height, channels, kernel_height, stride, width, kernel_width, dilation, multiplier))
+    return layers
 
 
 # Of MobileNetV2, EfficientNet-B0 and ConvNeXt-T.
@@ -117,23 +156,34 @@ class Case(NamedTuple):
 
 
 def _convolve(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    size, channels, kernel_size, stride = case.layer
+    layer = case.layer
+    stride, dilation = layer.stride, layer.dilation
     if peer == "ours":
-        return jax_dwsconv.depthwise_conv2d(x, kernel, strides=stride, data_format=case.layout)
+        return jax_dwsconv.depthwise_conv2d(x, kernel, strides=stride, dilation=dilation, data_format=case.layout)
     if peer == "lax":
-        numbers = (case.layout, "HWIO", case.layout)
         return lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=channels
+            x,
+            kernel,
+            (stride, stride),
+            "SAME",
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=(case.layout, "HWIO", case.layout),
+            feature_group_count=layer.channels,
         )
     axes = (1, 2) if case.layout == "NHWC" else (2, 3)
-    out = -(-size // stride)
-    total = max(0, (out - 1) * stride + kernel_size - size)
-    x = jnp.pad(x, [(total // 2, total - total // 2) if axis in axes else (0, 0) for axis in range(4)])
+    pads = [(0, 0)] * 4
+    for axis, size, out, taps in zip(axes, layer.image, layer.result, layer.window, strict=True):
+        total = max(0, (out - 1) * stride + (taps - 1) * dilation + 1 - size)
+        pads[axis] = (total // 2, total - total // 2)
+    x = jnp.pad(x, pads)
+    if layer.multiplier > 1:
+        x = jnp.repeat(x, layer.multiplier, axis=3 if case.layout == "NHWC" else 1)
     result = 0
-    for i in range(kernel_size):
-        for j in range(kernel_size):
-            window = lax.slice_in_dim(x, i, i + (out - 1) * stride + 1, stride, axes[0])
-            window = lax.slice_in_dim(window, j, j + (out - 1) * stride + 1, stride, axes[1])
+    for i in range(layer.window[0]):
+        for j in range(layer.window[1]):
+            window = x
+            for axis, first, out in zip(axes, (i * dilation, j * dilation), layer.result, strict=True):
+                window = lax.slice_in_dim(window, first, first + (out - 1) * stride + 1, stride, axis)
             tap = kernel[i, j, 0] if case.layout == "NHWC" else kernel[i, j, 0][:, None, None]
             result += window.astype(jnp.float32) * tap.astype(jnp.float32)
     return result.astype(x.dtype)
@@ -152,17 +202,17 @@ def _pass(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> Callable:
 
 def _operands(case: Case) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array, jax.Array]:
     """As many pairs of operands as defeat the cache of a GPU at large batches, and examples of x and kernel."""
-    size, channels, kernel_size, stride = case.layer
-    out = -(-size // stride)
+    layer = case.layer
+    channels, out_channels = layer.channels, layer.channels * layer.multiplier
     last = case.layout == "NHWC"
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
 
-    x = normal(case.batch, *((size, size, channels) if last else (channels, size, size)))
-    g = normal(case.batch, *((out, out, channels) if last else (channels, out, out)))
-    kernel = normal(kernel_size, kernel_size, 1, channels)
+    x = normal(case.batch, *((*layer.image, channels) if last else (channels, *layer.image)))
+    g = normal(case.batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result)))
+    kernel = normal(*layer.window, 1, out_channels)
     first, second = {"forward": (x, kernel), "grad_input": (g, kernel), "grad_filter": (x, g)}[case.operator]
     rotate = jax.default_backend() == "gpu" and case.batch > 8
     copies = max(1, math.ceil(_ROTATED_BYTES / (x.nbytes + g.nbytes))) if rotate else 1
@@ -216,11 +266,12 @@ class Floor(NamedTuple):
         return cls(small, 2 * large.nbytes / statistics.median(times), products)
 
     def of(self, case: Case) -> float:
-        size, channels, kernel_size, stride = case.layer
-        out = -(-size // stride)
-        images = case.batch * channels * (size**2 + out**2)
-        traffic = (images + channels * kernel_size**2) * jnp.dtype(case.dtype).itemsize
-        products = case.batch * channels * out**2 * kernel_size**2
+        layer = case.layer
+        results = layer.channels * layer.multiplier * math.prod(layer.result)
+        taps = math.prod(layer.window)
+        elements = case.batch * (layer.channels * math.prod(layer.image) + results)
+        traffic = (elements + layer.channels * layer.multiplier * taps) * jnp.dtype(case.dtype).itemsize
+        products = case.batch * results * taps
         return max(self.launch_us, traffic / self.bytes_per_us, products / self.products_per_us)
 
 
@@ -236,7 +287,7 @@ def _torch_times(cases: list[Case], seconds: float) -> list[float | None]:
         print("no times of PyTorch: it is not installed", file=sys.stderr)
         return [None] * len(cases)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    described = [{**case._asdict(), "layer": list(case.layer)} for case in cases]
+    described = [{**case._asdict(), "layer": case.layer._asdict()} for case in cases]
     request = json.dumps({"device": device, "seconds": seconds, "cases": described})
     script = pathlib.Path(__file__).with_name("_bench_torch.py")
     done = subprocess.run([sys.executable, script], input=request, capture_output=True, text=True, check=False)
@@ -256,16 +307,19 @@ def _with_tile(tile: str, measure: Callable) -> float:
 
 def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]:
     """The best of the most promising tiles, and its time."""
-    size, channels, kernel_size, stride = case.layer
+    layer = case.layer
+    if layer.multiplier > 1:
+        return "", math.nan  # one kernel has it, with nothing to choose
     kind = jax.devices()[0].device_kind.lower().replace(" ", "")
     device = next((facts for name, facts in _planning.DEVICES.items() if name in kind), None)
     if device is None:
         raise SystemExit(f"the planner's table has no {jax.devices()[0].device_kind}: add it to _planning.DEVICES")
     _, candidates = _planning.plan(
         case.operator,
-        (case.batch, size, size, channels),
-        (kernel_size,) * 2,
-        (stride,) * 2,
+        (case.batch, *layer.image, layer.channels),
+        layer.window,
+        (layer.stride,) * 2,
+        dilation=(layer.dilation,) * 2,
         layout=case.layout,
         dtype=case.dtype,
         device=device,
@@ -286,7 +340,7 @@ def _measure(case: Case, peers: list[str], floor: Floor, sweep: bool, seconds: f
     row = {**case._asdict(), "layer": str(case.layer), "floor_us": floor.of(case)}
     row["ours_us"] = _microseconds(ours, operands, seconds)
     for peer in peers:
-        if peer == "torch" or (peer == "shift" and case.layer.kernel_size > _LARGEST_SHIFT_KERNEL):
+        if peer == "torch" or (peer == "shift" and max(case.layer.window) > _LARGEST_SHIFT_KERNEL):
             continue
         theirs = _pass(peer, case, x, kernel)
         with jax.default_matmul_precision("highest"):
@@ -309,6 +363,15 @@ def _geometric_means(rows: list[dict], columns: list[str]) -> Iterator[str]:
             ratios[f"{column[:-3]} / ours"] = [r[column] / r["ours_us"] for r in group if r.get(column)]
         shown = ", ".join(f"{k} {statistics.geometric_mean(v):.2f}" for k, v in ratios.items() if v)
         yield f"{' '.join(map(str, key[:3]))} batch {key[3]} ({len(group)} layers): {shown}"
+
+
+def _slower(rows: list[dict], columns: list[str]) -> Iterator[str]:
+    """The cases in which a peer is faster by more than 3 % and more than 0.1 us."""
+    for row in rows:
+        peer, best = min(((c, row[c]) for c in columns if row.get(c)), key=lambda pair: pair[1], default=(None, None))
+        if peer is not None and row["ours_us"] > best + max(0.03 * best, 0.1):
+            case = " ".join(str(row[name]) for name in ("operator", "layer", "batch", "dtype", "layout"))
+            yield f"slower than {peer[:-3]}: {case}, {row['ours_us']:.2f} us against {best:.2f}"
 
 
 def _plot(rows: list[dict], path: pathlib.Path) -> None:
@@ -349,7 +412,8 @@ def run(options) -> int:
     """Measures what the parsed command line asks for, prints a table and writes the files. Returns the exit code."""
     peers = list(options.peers)
     of_models = [layer for model in options.models for layer in MODELS[model]]
-    layers = list(dict.fromkeys(options.layers or of_models or LAYERS))
+    sampled = random_layers(options.random, options.seed)
+    layers = list(dict.fromkeys(options.layers or of_models or sampled or LAYERS))
     environment = _environment()
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
     floor = Floor.measure(options.seconds)
@@ -398,10 +462,11 @@ def run(options) -> int:
         sys.stdout.flush()
         write()
     print()
-    for line in _geometric_means(rows, [c for c in columns if c != "best_us"]):
+    of_peers = [c for c in columns if c != "best_us"]
+    for line in (*_geometric_means(rows, of_peers), *_slower(rows, of_peers)):
         print(line)
     if options.sweep:
-        regrets = [row["ours_us"] / row["best_us"] for row in rows]
+        regrets = [row["ours_us"] / row["best_us"] for row in rows if row["best_tile"]]
         print(f"planner / best tile: {statistics.geometric_mean(regrets):.3f} on average, {max(regrets):.3f} at worst")
     if options.output is not None:
         _plot(rows, pathlib.Path(options.output).with_suffix(".png"))

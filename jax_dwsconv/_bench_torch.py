@@ -35,19 +35,25 @@ def _call_microseconds(function, seconds: float) -> float:
 
 
 def _function(case: dict, device: str):
-    size, channels, kernel_size, stride = case["layer"]
-    pad = kernel_size // 2
+    layer = case["layer"]
+    height, width = layer["size"], layer["width"] or layer["size"]
+    window = layer["kernel_size"], layer["kernel_width"] or layer["kernel_size"]
+    channels, stride, dilation = layer["channels"], layer["stride"], layer["dilation"]
+    pads = [(taps - 1) * dilation // 2 for taps in window]  # an even kernel would need one more on one side
     layout = torch.channels_last if case["layout"] == "NHWC" else torch.contiguous_format
     options = {"device": device, "dtype": getattr(torch, case["dtype"])}
-    x = torch.randn(case["batch"], channels, size, size, **options).to(memory_format=layout)
-    kernel = torch.randn(channels, 1, kernel_size, kernel_size, **options).to(memory_format=layout)
-    y = torch.nn.functional.conv2d(x, kernel, None, stride, pad, 1, channels)
+    x = torch.randn(case["batch"], channels, height, width, **options).to(memory_format=layout)
+    kernel = torch.randn(channels * layer["multiplier"], 1, *window, **options).to(memory_format=layout)
+
+    def forward():
+        return torch.nn.functional.conv2d(x, kernel, None, stride, pads, dilation, channels)
+
     if case["operator"] == "forward":
-        return lambda: torch.nn.functional.conv2d(x, kernel, None, stride, pad, 1, channels)
-    g = torch.randn_like(y)
+        return forward
+    g = torch.randn_like(forward())
     mask = [case["operator"] == "grad_input", case["operator"] == "grad_filter", False]
-    window = ([stride] * 2, [pad] * 2, [1, 1], False, [0, 0], channels, mask)
-    return lambda: torch.ops.aten.convolution_backward(g, x, kernel, None, *window)
+    arguments = ([stride] * 2, pads, [dilation] * 2, False, [0, 0], channels, mask)
+    return lambda: torch.ops.aten.convolution_backward(g, x, kernel, None, *arguments)
 
 
 def main() -> None:

@@ -42,6 +42,25 @@ def test_no_tiles_to_sweep_on_a_cpu(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
+def test_random_layers(capsys):
+    """Results are compared with lax's and with shift-and-add's."""
+    arguments = "bench --random 3 --seed 4 --peers lax shift --seconds 0.001"
+    assert command_line.main(arguments.split()) == 0
+    assert capsys.readouterr().out.count("(3 layers): ours / floor") == 3
+    sample = _bench.random_layers(200, 1)
+    assert sample[:20] == _bench.random_layers(20, 1)
+    assert {layer.dilation for layer in sample} == {1, 2, 3, 4}
+    assert {layer.stride for layer in sample} == {layer.multiplier for layer in sample} == {1, 2}
+    assert {layer.window[0] for layer in sample} == set(range(2, 10))
+
+
+def test_who_is_slower():
+    row = {"operator": "forward", "layer": "a", "batch": 1, "dtype": "float32", "layout": "NHWC", "ours_us": 10.0}
+    assert not list(_bench._slower([row | {"lax_us": 9.8, "torch_us": None}, row], ["lax_us", "torch_us"]))
+    (line,) = _bench._slower([row | {"lax_us": 12.0, "torch_us": 9.0}], ["lax_us", "torch_us"])
+    assert "slower than torch: forward a" in line
+
+
 def test_layers_of_models():
     for layers in _bench.MODELS.values():
         assert len(set(layers)) == len(layers)
