@@ -6,8 +6,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class X, class Y, Pass kPass, int kK, int kVector, int kColumns, int kRows>
 void Launch(const PassCall& call) {
   const Problem& p = call.problem;

@@ -8,6 +8,8 @@
 
 namespace dwsconv {
 
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // For dividends below 2^31. See Granlund and Montgomery, "Division by invariant integers using multiplication" (1994).
 struct Divisor {
   uint32_t value, multiplier, shift;

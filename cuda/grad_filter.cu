@@ -143,24 +143,26 @@ unsigned GridSize(int64_t blocks) {
 
 bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
                       float* workspace, cudaStream_t stream) {
-  return WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
+  bool has_instance = true;
+  const bool has_types = WithDtypes(p, [&](auto x_type, auto filter_type, auto y_type) {
     using X = typename decltype(x_type)::type;
     using F = typename decltype(filter_type)::type;
     using Y = typename decltype(y_type)::type;
     if (plan.kernel == GradFilterPlan::Kernel::kTapSums) {
-      LaunchTapSums(plan.turned ? Turned(p) : p, plan, x, g, filter, workspace, stream);
+      has_instance = LaunchTapSums(plan.turned ? Turned(p) : p, plan, x, g, filter, workspace, stream);
     } else if (plan.kernel == GradFilterPlan::Kernel::kTapProducts) {
-      LaunchTapProducts(p, plan, x, g, filter, workspace, stream);
+      has_instance = LaunchTapProducts(p, plan, x, g, filter, workspace, stream);
     } else {
       const auto partial_sums = p.channels_last ? PartialSumsKernel<true, X, Y> : PartialSumsKernel<false, X, Y>;
       partial_sums<<<GridSize(plan.pieces.blocks), kLanes * kWarps, 0, stream>>>(
           p, plan.pieces, static_cast<const X*>(x), static_cast<const Y*>(g), workspace);
     }
-    if (plan.one_launch) return;
+    if (plan.one_launch || !has_instance) return;
     AddPartsKernel<F>
         <<<GridSize((p.filter_elements() + kAddWidth - 1) / kAddWidth), kAddWidth * kAddWarps, 0, stream>>>(
             p, static_cast<int>(plan.splits), workspace, static_cast<F*>(filter));
   });
+  return has_types && has_instance;
 }
 
 }  // namespace dwsconv::cuda

@@ -1,5 +1,6 @@
 #include "cuda/launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <string>
@@ -15,7 +16,11 @@ namespace ffi = xla::ffi;
 
 std::atomic<int64_t> captured_calls{0};
 
+std::mutex last_forced_mutex;
+std::string last_forced_plan;
+
 std::string Bytes(const PlanKey& key) {
+  static_assert(sizeof(Problem) == 30 * sizeof(int64_t), "a new field belongs into the key");
   const Problem& p = key.problem;
   const int64_t numbers[] = {p.batch,
                              p.groups,
@@ -67,7 +72,7 @@ class Plans {
     std::string bytes = Bytes(key);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (const auto found = plans_.find(bytes); found != plans_.end()) return found->second;
+      if (const auto found = plans_.find(bytes); found != plans_.end()) return Noted(key, found->second);
     }
     const auto device = DescribeDevice(key.ordinal);
     if (!device) return ffi::Unexpected<ffi::Error>(device.error());
@@ -75,10 +80,18 @@ class Plans {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (plans_.size() >= kMost) plans_.clear();
     plans_.emplace(std::move(bytes), plan);
-    return plan;
+    return Noted(key, plan);
   }
 
  private:
+  static Plan Noted(const PlanKey& key, const Plan& plan) {
+    if (!key.forced.empty()) {
+      const std::lock_guard<std::mutex> lock(last_forced_mutex);
+      last_forced_plan = plan.Text();
+    }
+    return plan;
+  }
+
   std::mutex mutex_;
   std::unordered_map<std::string, Plan> plans_;
 };
@@ -114,7 +127,7 @@ ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
           ffi::Error::Internal(std::string("jax_dwsconv: cannot describe the device: ") + cudaGetErrorString(status)));
     }
   }
-  device.capability = 10 * major + minor;
+  device.capability = std::min(10 * major + minor, CompiledCapability());
   return device;
 }
 
@@ -138,5 +151,10 @@ ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream) 
 }
 
 int64_t CapturedCalls() { return captured_calls; }
+
+std::string LastForcedPlan() {
+  const std::lock_guard<std::mutex> lock(last_forced_mutex);
+  return last_forced_plan;
+}
 
 }  // namespace dwsconv::cuda

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #include "cuda/kernels.h"
@@ -24,7 +25,7 @@ struct PlanKey {
 xla::ffi::ErrorOr<PassPlan> FindPassPlan(const PlanKey& key);
 xla::ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key);
 
-// The facts that the planner needs about the device with this ordinal.
+// The facts that the planner needs about the device with this ordinal, which must be the current one.
 xla::ffi::ErrorOr<Device> DescribeDevice(int ordinal);
 
 // Plans forward or grad_input for this device and launches it: what their handlers do once they know the operands. The
@@ -33,6 +34,13 @@ xla::ffi::Error PlanAndLaunch(const char* op, int ordinal, const xla::ffi::Dicti
 
 // Turns what a launcher returned, and the error of its launches, into the handler's answer. `op` names the operator.
 xla::ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream);
+
+// What __CUDA_ARCH__ / 10 was when the code was compiled that the current device runs: less than the device's own
+// capability where it runs the PTX of an older one, without what is behind architecture checks. 0: unknown.
+int CompiledCapability();
+
+// Diagnostics for tests: the text of the plan that the last call with a forced tile got.
+std::string LastForcedPlan();
 
 // Diagnostics for tests: how many handler calls so far were recorded into a CUDA graph.
 int64_t CapturedCalls();

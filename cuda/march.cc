@@ -2,12 +2,6 @@
 
 namespace dwsconv::cuda {
 
-namespace {
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
-
 March DescribeMarch(const PassCall& call, const MarchTile& tile) {
   const Problem& p = call.problem;
   March m{DescribeCorrelation(call)};

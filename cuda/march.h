@@ -1,4 +1,4 @@
-// What the specialised NHWC kernels (march.cuh) take, and their launcher.
+// What the specialised kernels (march.cuh) take, and their launcher.
 #ifndef JAX_DWSCONV_CUDA_MARCH_H_
 #define JAX_DWSCONV_CUDA_MARCH_H_
 

@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include "cuda/ffi_problem.h"
 #include "cuda/handlers.h"
@@ -52,6 +53,8 @@ NB_MODULE(_cuda, m) {
   m.def("device_capabilities", DeviceCapabilities, "(major, minor) of every visible device.");
   m.def("captured_calls", dwsconv::cuda::CapturedCalls,
         "How many handler calls so far were recorded into a CUDA graph.");
+  m.def("last_forced_plan", dwsconv::cuda::LastForcedPlan,
+        "The text of the plan that the last call with a forced tile got.");
   m.attr("toolkit_version") = CUDART_VERSION;
   m.attr("architectures") = JAX_DWSCONV_ARCHITECTURES;  // such as "80-real,80-virtual"
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -1,6 +1,7 @@
 #include "cuda/burst.h"
 #include "cuda/gather.h"
 #include "cuda/kernels.h"
+#include "cuda/lines.h"
 #include "cuda/march.h"
 #include "cuda/march_planes.h"
 #include "cuda/slide.h"
@@ -21,6 +22,7 @@ bool LaunchPlanned(const PassCall& call, const PassPlan& plan) {
     case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march);
     case PassPlan::Kernel::kBurst: return LaunchBurst(call, plan.burst);
     case PassPlan::Kernel::kSlide: return LaunchSlide(call, plan.slide);
+    case PassPlan::Kernel::kLines: return LaunchLines(call);
     case PassPlan::Kernel::kGather: return false;
   }
   return false;

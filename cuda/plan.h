@@ -89,7 +89,7 @@ constexpr bool HasBurstInstance(bool one_type, bool strided, int kernel_size, co
   return (one_type || usual) && !(strided && kernel_size == 7 && tile.columns * tile.rows == 16);
 }
 
-// forward and grad_input of every window that is not both strided and dilated (slide.cuh): a thread has `vector`
+// forward and grad_input of nearly every window (slide.cuh): a thread has `vector`
 // channels of kResults results along the height, else along the width.
 struct SlideTile {
   static constexpr int kResults = 4;
@@ -99,20 +99,27 @@ struct SlideTile {
 
 // Along an axis, how many interleaved sequences of results there are in which the window moves on by one step of the
 // source from one result to the next.
-constexpr int64_t SlidePhases(int64_t stride, int64_t dilation, bool forward) {
-  return stride == 1 ? dilation : forward ? 1 : stride;
+constexpr int64_t SlidePhases(int64_t stride, int64_t dilation, int64_t results, bool forward) {
+  const int64_t phases = stride == 1 ? dilation : forward ? 1 : stride;
+  return phases < results ? phases : results;
 }
+
+// forward and grad_input of one spatial dimension in NCW with stride 1 (lines.cuh): a thread has as many results
+// as fit into this many bytes.
+constexpr int kLinesBytes = 16;
+constexpr int kLinesFewestTaps = 2, kLinesMostTaps = 7;
 
 // Which kernel computes forward or grad_input, how it is divided, and how many cycles that should take.
 struct PassPlan {
   enum class Kernel {
-    kGather,
+    kGather,  // takes everything and has no estimate
     kMarch,
     kMarchPlanes,
     kToeplitz,
     kBurst,
-    kSlide
-  };  // gather.cuh takes everything and has no estimate
+    kSlide,
+    kLines
+  };
   Kernel kernel = Kernel::kGather;
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
@@ -133,8 +140,8 @@ int64_t ChannelLanes(const Problem& p, int64_t vector, int64_t most = 32);
 bool CanTurn(const Problem& p);
 Problem Turned(Problem p);
 
-// Everything that could be launched for forward, else grad_input. `alignment` is what the addresses of source and
-// result are multiples of, in bytes.
+// Everything that could be launched for forward, else grad_input. `alignment` is what the addresses of all
+// operands and of the result are multiples of, in bytes.
 std::vector<PassPlan> PassCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
 
 // The candidate with the text `forced`; where there is none, the one with the least estimate.

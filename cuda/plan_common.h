@@ -9,11 +9,10 @@
 #include <string_view>
 #include <vector>
 
+#include "cuda/divisor.h"
 #include "cuda/plan.h"
 
 namespace dwsconv {
-
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t BytesOf(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
 

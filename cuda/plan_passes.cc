@@ -193,6 +193,13 @@ double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& ti
   return 3650 + std::max(compute, memory) + 0.48 * std::min(compute, memory);
 }
 
+PassPlan PlanFor(PassPlan::Kernel kernel, double cycles) {
+  PassPlan plan;
+  plan.kernel = kernel;
+  plan.cycles = cycles;
+  return plan;
+}
+
 template <class Visit>
 void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!MarchApplies(p, forward)) return;
@@ -212,11 +219,15 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
                           instance.kernel_h, instance.kernel_w, tile.vector, tile.columns)) {
       continue;
     }
+    const int64_t threads_of_row = p.batch * CeilDiv(m.columns, tile.columns) * (p.channels / tile.vector);
     ForStripRows(m.rows, [&](int rows) {
+      if (CeilDiv(m.rows, rows) > std::numeric_limits<int32_t>::max() / threads_of_row) return;
       tile.rows = rows;
       // The estimate goes in once more, so that tiles which the rate bounds stay in their order.
       const double cycles = EstimateMarch(p, m, tile, device);
-      visit(PassPlan{PassPlan::Kernel::kMarch, false, tile, {}, {}, {}, std::max(cycles, least + 1e-3 * cycles)});
+      PassPlan plan = PlanFor(PassPlan::Kernel::kMarch, std::max(cycles, least + 1e-3 * cycles));
+      plan.march = tile;
+      visit(plan);
     });
   }
 }
@@ -265,7 +276,9 @@ void VisitMarchPlanes(const Problem& p, bool forward, const Device& device, int6
     ForStripRows(m.rows, [&](int rows) {
       tile.rows = rows;
       const double cycles = EstimateMarchPlanes(p, m, tile, device);
-      visit(PassPlan{PassPlan::Kernel::kMarchPlanes, false, tile, {}, {}, {}, cycles});
+      PassPlan plan = PlanFor(PassPlan::Kernel::kMarchPlanes, cycles);
+      plan.march = tile;
+      visit(plan);
     });
   }
 }
@@ -283,7 +296,10 @@ void VisitToeplitz(const Problem& p, bool forward, const Device& device, int64_t
       ForStripRows(std::min<int64_t>(m.rows, 1 << 14), [&](int rows) {
         const ToeplitzTile tile{size, block.channels, wide, rows};
         const double cycles = EstimateToeplitz(p, m, tile, device);
-        if (std::isfinite(cycles)) visit(PassPlan{PassPlan::Kernel::kToeplitz, false, {}, tile, {}, {}, cycles});
+        if (!std::isfinite(cycles)) return;
+        PassPlan plan = PlanFor(PassPlan::Kernel::kToeplitz, cycles);
+        plan.toeplitz = tile;
+        visit(plan);
       });
     }
   }
@@ -296,8 +312,10 @@ constexpr BurstInstance kBurstInstances[] = {
 };
 
 bool BurstApplies(const Problem& p, bool forward) {
-  constexpr int64_t kMostBlocks = 65535;  // in y and z of a grid
-  const bool sizes_fit = p.batch <= kMostBlocks && std::max(p.in_h, p.out_h) <= kMostBlocks;
+  constexpr int64_t kMostBlocks = 65535;                                   // in y and z of a grid
+  constexpr int64_t kMostStep = std::numeric_limits<int32_t>::max() / 16;  // offsets in a tile are 32 bits wide
+  const bool sizes_fit = p.batch <= kMostBlocks && std::max(p.in_h, p.out_h) <= kMostBlocks &&
+                         std::max({p.x.h, p.y.h, p.filter.h}) <= kMostStep;
   return p.kernel_h == p.kernel_w && sizes_fit && MarchApplies(p, forward);
 }
 
@@ -361,23 +379,31 @@ void VisitBurst(const Problem& p, bool forward, const Device& device, int64_t al
       continue;
     }
     const double cycles = EstimateBurst(p, m, tile, device);
-    visit(PassPlan{PassPlan::Kernel::kBurst, false, {}, {}, tile, {}, cycles});
+    PassPlan plan = PlanFor(PassPlan::Kernel::kBurst, cycles);
+    plan.burst = tile;
+    visit(plan);
   }
 }
 
-bool SlideApplies(const Problem& p, bool forward) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const bool strided = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
-  const bool pads_fit = forward || !strided || (p.pad_top >= 0 && p.pad_left >= 0);
-  const auto fits = [&](int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad) {
-    return std::abs(pad) <= 1 << 24 && size <= 1 << 24 && kernel * dilation <= 1 << 24 && stride <= 1 << 24;
+// Along the axis on which it slides, and in gradients along the other one, a window must not be strided and dilated.
+bool SlideApplies(const Problem& p, bool forward, bool along_height) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostSize = 1 << 24;
+  const auto plain = [](int64_t kernel, int64_t stride, int64_t dilation) {
+    return kernel == 1 || stride == 1 || dilation == 1;
   };
-  const int64_t result = forward ? p.y_elements() : p.x_elements();
-  const int64_t sixteen = 16;  // no tile has more threads than that many for each result
-  return !(strided && dilated) && pads_fit && result / p.batch <= kMost / sixteen &&
-         fits(std::max(p.in_h, p.out_h), p.kernel_h, p.stride_h, p.dilation_h, p.pad_top) &&
-         fits(std::max(p.in_w, p.out_w), p.kernel_w, p.stride_w, p.dilation_w, p.pad_left) &&
-         p.out_h * p.stride_h <= kMost / 2 && p.out_w * p.stride_w <= kMost / 2;
+  const bool plain_h = plain(p.kernel_h, p.stride_h, p.dilation_h),
+             plain_w = plain(p.kernel_w, p.stride_w, p.dilation_w);
+  const bool window_fits = forward ? (along_height ? plain_h : plain_w) : plain_h && plain_w;
+  const bool strided = p.stride_h > 1 || p.stride_w > 1;
+  const bool pads_fit = forward || !strided || (p.pad_top >= 0 && p.pad_left >= 0);
+  const auto fits = [&](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad) {
+    return std::max({in, out * stride, kernel * dilation, std::abs(pad)}) <= kMostSize;
+  };
+  // Its threads number at most five for each result: phases that hold one result have three idle places.
+  const int64_t results_of_image = (forward ? p.y_elements() : p.x_elements()) / p.batch;
+  return window_fits && pads_fit && results_of_image <= kMost / 5 &&
+         fits(p.in_h, p.out_h, p.kernel_h, p.stride_h, p.dilation_h, p.pad_top) &&
+         fits(p.in_w, p.out_w, p.kernel_w, p.stride_w, p.dilation_w, p.pad_left);
 }
 
 // Estimated time in cycles, fitted like EstimateMarch.
@@ -389,7 +415,7 @@ double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, cons
   const int64_t along = forward ? choose(p.out_h, p.out_w) : choose(p.in_h, p.in_w);
   const int64_t across = forward ? choose(p.out_w, p.out_h) : choose(p.in_w, p.in_h);
   const int64_t stride = choose(p.stride_h, p.stride_w),
-                phases = SlidePhases(stride, choose(p.dilation_h, p.dilation_w), forward);
+                phases = SlidePhases(stride, choose(p.dilation_h, p.dilation_w), along, forward);
   int64_t taps = choose(p.kernel_h, p.kernel_w), lines = choose(p.kernel_w, p.kernel_h), runs = 1;
   if (forward) {
     runs = std::min(stride, taps);
@@ -425,7 +451,6 @@ double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, cons
 
 template <class Visit>
 void VisitSlide(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
-  if (!SlideApplies(p, forward)) return;
   const Sizes m(p, forward);
   const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
   for (int vector : {1, 2, 4}) {
@@ -433,11 +458,32 @@ void VisitSlide(const Problem& p, bool forward, const Device& device, int64_t al
                              alignment % (vector * widest) == 0;
     if (vector > 1 && !vectors_fit) break;
     for (bool along_height : {false, true}) {
+      if (!SlideApplies(p, forward, along_height)) continue;
       const SlideTile tile{vector, along_height};
       const double cycles = EstimateSlide(p, forward, tile, device);
-      visit(PassPlan{PassPlan::Kernel::kSlide, false, {}, {}, {}, tile, cycles});
+      PassPlan plan = PlanFor(PassPlan::Kernel::kSlide, cycles);
+      plan.slide = tile;
+      visit(plan);
     }
   }
+}
+
+bool LinesApply(const Problem& p, bool forward, int64_t alignment) {
+  const int64_t tile = kLinesBytes / BytesOf(p.x_dtype);
+  const bool one_dimension = p.in_h == 1 && p.out_h == 1 && p.kernel_h == 1 && p.pad_top == 0;
+  const bool one_type = p.x_dtype == p.y_dtype && p.x_dtype != Dtype::kF64;
+  return !p.channels_last && one_dimension && one_type && p.kernel_w >= kLinesFewestTaps &&
+         p.kernel_w <= kLinesMostTaps && p.stride_w == 1 && p.in_w % tile == 0 && p.out_w % tile == 0 &&
+         alignment % kLinesBytes == 0 && MarchApplies(p, forward);
+}
+
+template <class Visit>
+void VisitLines(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!LinesApply(p, forward, alignment)) return;
+  const Sizes m(p, forward);
+  const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
+  // A launch and two latencies, then memory.
+  visit(PlanFor(PassPlan::Kernel::kLines, 3000 + bytes / (14.0 * device.multiprocessors)));
 }
 
 template <class Visit>
@@ -447,6 +493,7 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
   VisitToeplitz(p, forward, device, alignment, visit);
   VisitBurst(p, forward, device, alignment, visit);
   VisitSlide(p, forward, device, alignment, visit);
+  VisitLines(p, forward, device, alignment, visit);
   if (CanTurn(p)) {
     VisitMarch(Turned(p), forward, device, alignment, [&](PassPlan plan) {
       plan.turned = true;
@@ -464,6 +511,7 @@ std::string PassPlan::Text() const {
     case Kernel::kToeplitz: return "toeplitz:" + Join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
     case Kernel::kBurst: return "burst:" + Join({burst.vector, burst.columns, burst.rows});
     case Kernel::kSlide: return "slide:" + Join({slide.vector}) + (slide.along_height ? "xheight" : "xwidth");
+    case Kernel::kLines: return "lines";
     case Kernel::kGather: break;
   }
   return "gather";

@@ -4,8 +4,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The axis of the height, else that of the width.
 SlideAxis AxisOf(const Problem& p, bool forward, bool height) {
   const auto choose = [&](int64_t h, int64_t w) { return height ? h : w; };
@@ -42,7 +40,7 @@ Slide Describe(const PassCall& call, const SlideTile& tile) {
   m.filter_c = p.filter.c;
   m.images_per_group = p.groups == 1 ? 0 : p.images_per_group();
   m.epilogue = DescribeEpilogue(call.epilogue);
-  m.phases = static_cast<int>(SlidePhases(m.slide.stride, m.slide.dilation, forward));
+  m.phases = static_cast<int>(SlidePhases(m.slide.stride, m.slide.dilation, m.slide.result, forward));
   const int64_t of_phase = CeilDiv(m.slide.result, m.phases);
   const auto vectors = static_cast<uint32_t>((forward ? p.out_channels() : p.channels) / tile.vector);
   const auto positions = static_cast<uint32_t>(m.fixed.result);

@@ -1,6 +1,7 @@
-// The kernel for every window, whatever its size, dilation, stride and multiplier. A thread has a vector of channels of
-// a few results whose windows are shifted by one position of the source each, so what it loads serves all of them:
-// column reuse in NHWC, row reuse in NCHW, where neighbouring threads have neighbouring columns.
+// The kernel for windows of any size, dilation, stride and multiplier (but see SlideApplies in plan_passes.cc). A
+// thread has a vector of channels of a few results whose windows are shifted by one position of the source each, so
+// what it loads serves all of them: column reuse in NHWC, row reuse in NCHW, where neighbouring threads have
+// neighbouring columns.
 #ifndef JAX_DWSCONV_CUDA_SLIDE_CUH_
 #define JAX_DWSCONV_CUDA_SLIDE_CUH_
 

@@ -1,4 +1,4 @@
-// What the kernel for every window (slide.cuh) takes, and its launcher.
+// What the kernel for other windows (slide.cuh) takes, and its launcher.
 #ifndef JAX_DWSCONV_CUDA_SLIDE_H_
 #define JAX_DWSCONV_CUDA_SLIDE_H_
 

@@ -6,8 +6,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 TapProducts Describe(const Problem& p, const GradFilterPlan& plan) {
   const TapProductsTile& tile = plan.tap_products;
   const int stride = static_cast<int>(p.stride_h);

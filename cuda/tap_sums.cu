@@ -5,8 +5,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 TapSums Describe(const Problem& p, const GradFilterPlan& plan) {
   const TapSumsTile& tile = plan.tap_sums;
   TapSums m{};

@@ -1,4 +1,4 @@
-// What the specialised NHWC kernels of grad_filter (tap_sums.cuh) take, and their launcher.
+// What the specialised kernels of grad_filter (tap_sums.cuh) take, and their launcher.
 #ifndef JAX_DWSCONV_CUDA_TAP_SUMS_H_
 #define JAX_DWSCONV_CUDA_TAP_SUMS_H_
 

@@ -6,8 +6,6 @@
 namespace dwsconv::cuda {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <int kK, Pass kPass>
 Toeplitz Describe(const PassCall& call, const ToeplitzTile& tile) {
   const Problem& p = call.problem;

@@ -310,8 +310,7 @@ def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]
     layer = case.layer
     if layer.multiplier > 1:
         return "", math.nan  # one kernel has it, with nothing to choose
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "")
-    device = next((facts for name, facts in _planning.DEVICES.items() if name in kind), None)
+    device = _planning.visible_device()
     if device is None:
         raise SystemExit(f"the planner's table has no {jax.devices()[0].device_kind}: add it to _planning.DEVICES")
     _, candidates = _planning.plan(

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+
 from jax_dwsconv import _geometry, lowering
 
 
@@ -46,12 +48,18 @@ class Plan(NamedTuple):
     cycles: float
 
 
+def visible_device() -> Device | None:
+    """The facts about the GPU that JAX uses by default; None where there is none, or none that is known."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "")
+    return next((facts for name, facts in DEVICES.items() if name in kind), None)
+
+
 def plan(
     operator: str,
     shape: tuple[int, int, int, int],
     kernel_size: tuple[int, int],
     strides: tuple[int, int] = (1, 1),
-    padding: str = "SAME",
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME",
     dilation: tuple[int, int] = (1, 1),
     layout: str = "NHWC",
     dtype: str = "float32",
@@ -64,7 +72,7 @@ def plan(
       shape: of x, (N, H, W, C) whatever the layout.
       kernel_size: of the filter.
       strides: of the window.
-      padding: "SAME" or "VALID".
+      padding: "SAME", "VALID" or ((top, bottom), (left, right)).
       dilation: of the window.
       layout: "NHWC" or "NCHW".
       dtype: of all operands.
@@ -75,9 +83,9 @@ def plan(
     """
     from jax_dwsconv import _plan  # noqa: PLC0415  (native; everything else works without it)
 
-    if padding not in ("SAME", "VALID"):
-        raise ValueError(f"padding must be SAME or VALID, not {padding}")
-    pads = ((0, 0), (0, 0))
+    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        raise ValueError(f"padding must be SAME, VALID or pairs, not {padding}")
+    pads = ((0, 0), (0, 0)) if padding == "VALID" else padding
     if padding == "SAME":
         axes = zip(shape[1:3], kernel_size, strides, dilation, strict=True)
         pads = tuple(_geometry.same_padding(*axis, lower=False) for axis in axes)

@@ -323,8 +323,8 @@ for _p, *_transposes in (
 
 
 # The value of the fused operator is the same with and without a derivative, to the last bit: its JVP keeps the kernel.
-# The tangent is that of the composition, rounded once. It convolves no zeros, and it recomputes the sums only for the
-# scale and for activations whose slope depends on more than the sign of the value.
+# The tangent is that of the composition, rounded once (but see below). It convolves no zeros, and it recomputes the sums
+# only for the scale and for activations whose slope depends on more than the sign of the value.
 
 
 def _fused_forward_jvp(primals, tangents, *, parts, window, activation, out_dtype):
@@ -336,12 +336,16 @@ def _fused_forward_jvp(primals, tangents, *, parts, window, activation, out_dtyp
     x, kernel, scale, bias, residual = (value.get(name) for name in ("x", "kernel", *reference.PARTS))
     accumulator = _epilogue.accumulator_dtype(out_dtype)
     convolve = functools.partial(forward, window=window, out_dtype=accumulator)
+    # Where nothing but a mask lies between, the cotangent of the sums is that of y, exactly. It stays in y's dtype, for
+    # which the gradients have their fastest kernels.
+    masked = scale is None and activation in (None, "relu")
+    convolve_tangent = functools.partial(forward, window=window, out_dtype=out_dtype if masked else accumulator)
 
     def along_channels(vector):
         return vector.reshape(window.activation_shape(1, (1, 1), vector.size))
 
-    terms = [convolve(d["x"], kernel)] if "x" in d else []
-    terms += [convolve(x, d["kernel"])] if "kernel" in d else []
+    terms = [convolve_tangent(d["x"], kernel).astype(accumulator)] if "x" in d else []
+    terms += [convolve_tangent(x, d["kernel"]).astype(accumulator)] if "kernel" in d else []
     if scale is not None:
         terms = [term * along_channels(scale) for term in terms]
     needs_sums = "scale" in d or activation not in (None, "relu")

@@ -10,7 +10,7 @@ from cases import Case
 from jax import numpy as jnp
 
 import jax_dwsconv
-from jax_dwsconv import _native, _planning
+from jax_dwsconv import _epilogue, _native, _planning, primitives
 
 pytestmark = pytest.mark.gpu
 
@@ -74,35 +74,111 @@ def test_sanitizer_selection(layout, dtype):
         assert np.isfinite(np.asarray(dkernel)).all()
 
 
+TILED = [
+    Case(size=(13, 28), channels=48, dtypes=("bfloat16",) * 3),
+    Case(size=(13, 28), channels=48),
+    Case(size=(14, 56), channels=6, kernel_size=(5, 5), padding=((2, 2), (2, 2)), layout="NCHW"),
+    Case(size=(14, 14), channels=32, kernel_size=(7, 7), padding=((3, 3), (3, 3)), dtypes=("float16",) * 3),
+    Case(batch=5, size=(9, 7), channels=40, kernel_size=(5, 5), padding=((2, 2), (2, 2)), dtypes=("bfloat16",) * 3),
+    Case(size=(15, 30), channels=24, strides=(2, 2), kernel_size=(5, 5), padding=((1, 2), (1, 2))),
+    Case(size=(16, 30), channels=24, strides=(2, 2), padding=((0, 1), (0, 1)), dtypes=("bfloat16",) * 3),
+    Case(size=(1, 300), channels=8, kernel_size=(1, 4), padding=((0, 0), (3, 0))),
+    Case(size=(1, 40), channels=6, kernel_size=(1, 5), padding=((0, 0), (2, 2)), layout="NCHW"),
+    Case(
+        size=(1, 64),
+        channels=5,
+        kernel_size=(1, 4),
+        padding=((0, 0), (3, 0)),
+        layout="NCHW",
+        dtypes=("bfloat16",) * 3,
+    ),
+    Case(
+        size=(1, 48),
+        channels=5,
+        kernel_size=(1, 7),
+        padding=((0, 0), (-8, 22)),
+        layout="NCHW",
+        dtypes=("float16",) * 3,
+    ),
+    Case(size=(17, 13), channels=12, kernel_size=(4, 9), dilation=(3, 2), padding=((4, 5), (8, 8))),
+    Case(size=(17, 13), channels=5, kernel_size=(6, 2), strides=(3, 3), padding=((2, 3), (0, 1)), layout="NCHW"),
+    Case(size=(8, 8), padding=((60, 60), (50, 50)), dilation=(60, 50)),  # further apart than the image is large
+]
+
+
 @pytest.mark.parametrize("operator", ["forward", "grad_input", "grad_filter"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(size=(13, 28), channels=48, dtypes=("bfloat16",) * 3),
-        Case(size=(13, 28), channels=48),
-        Case(size=(14, 56), channels=6, kernel_size=(5, 5), padding=((2, 2), (2, 2)), layout="NCHW"),
-        Case(size=(14, 14), channels=32, kernel_size=(7, 7), padding=((3, 3), (3, 3)), dtypes=("float16",) * 3),
-        Case(batch=5, size=(9, 7), channels=40, kernel_size=(5, 5), padding=((2, 2), (2, 2)), dtypes=("bfloat16",) * 3),
-        Case(size=(15, 30), channels=24, strides=(2, 2), kernel_size=(5, 5), padding=((1, 2), (1, 2))),
-        Case(size=(16, 30), channels=24, strides=(2, 2), padding=((0, 1), (0, 1)), dtypes=("bfloat16",) * 3),
-        Case(size=(1, 300), channels=8, kernel_size=(1, 4), padding=((0, 0), (3, 0))),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", TILED, ids=str)
 def test_every_kind_of_tile(case, operator, monkeypatch):
     """The planner takes the best; here the others show that they are right, too."""
-    n, (h, w), c = case.batch, case.size, case.channels
+    operands = [jnp.asarray(a) for a in case.operands(operator)]
+    for tile in _tiles(case, operator):
+        monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
+        result = jax.jit(functools.partial(numerics.run, case, operator))(*operands)
+        numerics.check_result(case, operator, *(np.asarray(a) for a in operands), result)
+        assert _native_module().last_forced_plan() == tile
+
+
+@pytest.mark.parametrize("case", [case for case in TILED if case.multiplier == 1], ids=str)
+def test_epilogue_of_every_kind_of_kernel(case, monkeypatch):
+    x, kernel = (jnp.asarray(a) for a in case.operands("forward"))
+    channels = kernel.shape[case.window.filter_channel_axis]
+    scale, bias = (jnp.asarray(numerics.normal(channels, seed=seed), jnp.float32) for seed in (5, 6))
+    sums = primitives.forward(x, kernel, window=case.window, out_dtype=jnp.float32)
+    residual = jnp.asarray(numerics.normal(*sums.shape, seed=7), case.dtypes[2])
+    for parts in ((scale, bias, None), (None, bias, residual)):
+        expected = _epilogue.apply(sums, *parts, "silu", case.window.channel_axis, jnp.float32)
+        kinds = set()
+        for tile in _tiles(case, "forward"):
+            kind = tile.partition(":")[0]
+            if kind in kinds or (kind == "toeplitz" and parts[2] is not None):
+                continue  # on tensor cores there is no residual
+            kinds.add(kind)
+            monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
+
+            def fused(x, kernel, parts=parts):
+                return primitives.fused_forward(
+                    x, kernel, *parts, window=case.window, activation="silu", out_dtype=case.dtypes[2]
+                )
+
+            result = jax.jit(fused)(x, kernel)
+            assert _native_module().last_forced_plan() == tile
+            monkeypatch.delenv("JAX_DWSCONV_TILE")
+            numerics.assert_close(result, np.asarray(expected, np.float64), length=100)
+
+
+def _native_module():
+    from jax_dwsconv import _cuda
+
+    return _cuda
+
+
+def _tiles(case, operator):
+    """Some texts of plans of every kernel that takes the case on this device."""
+    device = _planning.visible_device()
+    if device is None:
+        pytest.skip("the planner's table does not have this GPU")
     _, candidates = _planning.plan(
-        operator, (n, h, w, c), case.kernel_size, case.strides, layout=case.layout, dtype=case.dtypes[0]
+        operator,
+        (case.batch, *case.size, case.channels),
+        case.kernel_size,
+        case.strides,
+        case.padding,
+        case.dilation,
+        case.layout,
+        case.dtypes[0],
+        device,
     )
     kernels = {}
     for candidate in candidates:
         kernels.setdefault(candidate.text.partition(":")[0], []).append(candidate.text)
-    operands = [jnp.asarray(a) for a in case.operands(operator)]
-    for tile in [tile for tiles in kernels.values() for tile in tiles[:: len(tiles) // 16 + 1]]:
-        monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
-        result = numerics.run(case, operator, *operands)
-        numerics.check_result(case, operator, *(np.asarray(a) for a in operands), result)
+    return [tile for tiles in kernels.values() for tile in tiles[:: len(tiles) // 16 + 1]]
+
+
+@pytest.mark.parametrize("operator", ["forward", "grad_input", "grad_filter"])
+def test_more_images_than_a_grid_has_blocks(operator):
+    case = Case(batch=66_000, size=(2, 3), channels=4, kernel_size=(2, 2), padding=((0, 1), (0, 1)))
+    operands = case.operands(operator)
+    numerics.check_result(case, operator, *operands, numerics.run(case, operator, *map(jnp.asarray, operands)))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])

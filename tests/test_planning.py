@@ -113,6 +113,16 @@ def test_gather_takes_what_is_strided_and_dilated(operator):
     assert len(candidates) == 1
 
 
+@pytest.mark.parametrize("operator", ["forward", "grad_input"])
+def test_lines_of_ncw(operator):
+    def chosen(width, kernel_width):
+        return _planning.plan(operator, (32, 1, width, 512), (1, kernel_width), layout="NCHW")[0].text
+
+    assert chosen(1024, 5) == "lines"
+    assert chosen(1024, 15).startswith("slide")
+    assert chosen(1022, 5) != "lines"  # a line would not begin at a vector
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 def test_small_problems_load_all_at_once(layout, dtype):
