@@ -205,10 +205,10 @@ def _operands(case: Case) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array,
     layer = case.layer
     channels, out_channels = layer.channels, layer.channels * layer.multiplier
     last = case.layout == "NHWC"
-    rng = np.random.default_rng(0)
+    keys = iter(jax.random.split(jax.random.key(0), 3))
 
     def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(case.dtype)
 
     x = normal(case.batch, *((*layer.image, channels) if last else (channels, *layer.image)))
     g = normal(case.batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result)))

@@ -323,8 +323,8 @@ for _p, *_transposes in (
 
 
 # The value of the fused operator is the same with and without a derivative, to the last bit: its JVP keeps the kernel.
-# The tangent is that of the composition, rounded once (but see below). It convolves no zeros, and it recomputes the sums
-# only for the scale and for activations whose slope depends on more than the sign of the value.
+# The tangent is that of the composition, rounded once (but see below). It convolves no zeros, and it recomputes the
+# sums only for the scale and for activations whose slope depends on more than the sign of the value.
 
 
 def _fused_forward_jvp(primals, tangents, *, parts, window, activation, out_dtype):
