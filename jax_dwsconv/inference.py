@@ -9,55 +9,18 @@ the program shows that the very result of the layer enters the BatchNorm and not
 import collections
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import linen, nnx, traverse_util
 from flax.core import DenyList, FrozenDict, unfreeze
-from flax.linen.dtypes import promote_dtype as linen_promote_dtype
-from flax.nnx.nn.dtypes import promote_dtype as nnx_promote_dtype
-from jax import lax, numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Literal
+from jax import numpy as jnp
 
 from jax_dwsconv import linen as our_linen, nnx as our_nnx
-from jax_dwsconv.convolution import conv_general_dilated
+from jax_dwsconv._dataflow import LAYERS, NORMS, Path, Report, Trace, bind
 
 __all__ = ["FoldedModule", "Identity", "Report", "fold", "fold_linen"]
-
-Path = tuple[Any, ...]
-
-_NORMS = (nnx.BatchNorm, linen.BatchNorm)
-_SEPARABLE = (our_nnx.SeparableConv, our_linen.SeparableConv)
-_DENSE = (nnx.Linear, linen.Dense)
-_LAYERS = (nnx.Conv, linen.Conv, our_nnx.DepthwiseConv, our_linen.DepthwiseConv, *_SEPARABLE, *_DENSE)
-# What makes a layer linear in its kernel; quantised operators, for example, are not.
-_KNOWN_FUNCTIONS = {
-    "conv_general_dilated": (lax.conv_general_dilated, conv_general_dilated),
-    "dot_general": (lax.dot_general,),
-    "promote_dtype": (nnx_promote_dtype, linen_promote_dtype),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was folded and what was not.
-
-    Attributes:
-      folded: (path of the layer, path of the BatchNorm) of every pair that was folded.
-      left: (path, reason) of every other BatchNorm.
-    """
-
-    folded: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.folded)} BatchNorm folded, {len(self.left)} left"]
-        lines += [f"  folded {norm} into {layer}" for layer, norm in self.folded]
-        lines += [f"  left   {norm}: {reason}" for norm, reason in self.left]
-        return "\n".join(lines)
 
 
 class Identity(nnx.Module):
@@ -138,9 +101,9 @@ class FoldedModule:
         if context.method_name != "__call__" or module.scope is None:
             return call(*args, **kwargs)
         if module.path in self.norms and type(module) is linen.BatchNorm:
-            x = _bind(type(module), module, args, kwargs).arguments["x"]
+            x = bind(type(module), module, args, kwargs).arguments["x"]
             return _as_normalised(x, module.dtype, self.norms[module.path])
-        if module.path in self.layers and type(module) in _LAYERS and not module.use_bias:
+        if module.path in self.layers and type(module) in LAYERS and not module.use_bias:
             layer = module.clone(use_bias=True, parent=None, name=None)
             return layer.apply({"params": module.variables["params"]}, *args, **kwargs)
         return call(*args, **kwargs)
@@ -170,8 +133,9 @@ def fold_linen(
     """
     flat = traverse_util.flatten_dict(unfreeze(variables))
     values = collections.defaultdict(dict)
-    for (_, *path, name), value in flat.items():
-        values[tuple(path)][name] = linen.meta.unbox(value)
+    for (collection, *path, name), value in flat.items():
+        if collection in _COLLECTIONS:
+            values[tuple(path)][name] = linen.meta.unbox(value)
     trace = _trace_linen(module, variables, args, kwargs)
     pairs, report = trace.pairs(values.__getitem__)
     layers = {call.path: call.module for call in trace.calls}
@@ -188,8 +152,7 @@ def fold_linen(
             flat["params", *layer_path, "depthwise", "bias"] = jnp.zeros(depthwise.shape[-1], depthwise.dtype)
         # The statistics do not count for the dtype of linen's result.
         norms[norm_path] = _promoted(values[norm_path], ("scale", "bias"))
-        for path in [path for path in flat if path[1:-1] == norm_path]:
-            del flat[path]
+        flat = {path: value for path, value in flat.items() if path[1:-1] != norm_path}
     folded = FoldedModule(module, frozenset(layer for layer, _ in pairs), FrozenDict(norms))
     return folded, traverse_util.unflatten_dict(flat), report
 
@@ -237,192 +200,11 @@ def _become_identity(norm: nnx.BatchNorm) -> None:
     norm.dtype, norm.param_dtype = dtype, param_dtype
 
 
-# The trace ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Call:
-    """A call of a layer or BatchNorm. What it took and gave has a name in the traced program, made of its number."""
-
-    path: Path
-    kind: type
-    module: Any
-    arguments: Mapping[str, Any]
-    rank: int  # of the input
-    enter: int | None = None  # positions of the two names in the program; None inside of a transformation
-    exit: int | None = None
-    input: Any = None
-    output: Any = None
-
-
-_TAG = "jax_dwsconv.inference"
-
-
-class _Trace:
-    """The calls of the layers and BatchNorms of a model, and the program that it is."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.norms: dict[Path, Any] = {}  # all BatchNorms, subclasses too, that there are (nnx) or are called (linen)
-
-    def call(self, path: Path, kind: type, module, function: Callable, args, kwargs):
-        """function(*args, **kwargs), recorded as a call of the module."""
-        bound = _bind(kind, module, args, kwargs)
-        name = list(bound.arguments)[1]
-        number = len(self.calls)
-        x = checkpoint_name(bound.arguments[name], f"{_TAG} {number} input")
-        self.calls.append(_Call(path, kind, module, dict(bound.arguments), jnp.ndim(x)))
-        bound.arguments[name] = x
-        return checkpoint_name(function(*bound.args[1:], **bound.kwargs), f"{_TAG} {number} output")
-
-    def run(self, function: Callable, variables, variable_paths: list[Path], args, kwargs) -> None:
-        """Traces function(variables, *args, **kwargs) -> (result, variables), without computing anything."""
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-
-        def traced(variables, arrays):
-            arrays = iter(arrays)
-            merged = [next(arrays) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
-            args, kwargs = jax.tree.unflatten(treedef, merged)
-            return function(variables, *args, **kwargs)
-
-        arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
-        jaxpr, (result, _) = jax.make_jaxpr(traced, return_shape=True)(variables, arrays)
-        equations, outputs = jaxpr.jaxpr.eqns, jaxpr.jaxpr.outvars
-        self._end, results = len(equations), len(jax.tree.leaves(result))
-        inputs = jaxpr.jaxpr.invars[: len(variable_paths)]
-        self._variables = dict(zip(variable_paths, inputs, strict=True))
-        # Position of every use of a value: the equation's, `_end` for a result, `_end + 1` for a new state.
-        self._uses = collections.defaultdict(list)
-        for position, equation in enumerate(equations):
-            for operand in equation.invars:
-                self._use(operand, position)
-            if equation.primitive.name == "name" and str(equation.params["name"]).startswith(_TAG):
-                self._locate(position, equation)
-        for index, output in enumerate(outputs):
-            self._use(output, self._end if index < results else self._end + 1)
-
-    def _use(self, value, position):
-        if not isinstance(value, Literal):
-            self._uses[value].append(position)
-
-    def _locate(self, position, equation):
-        _, number, what = equation.params["name"].split()
-        call = self.calls[int(number)]
-        if what == "input":
-            call.enter, call.input = position, equation.invars[0]
-        else:
-            call.exit, call.output = position, equation.outvars[0]
-
-    def pairs(self, values: Callable[[Path], Mapping[str, Any]]) -> tuple[list[tuple[Path, Path]], Report]:
-        """(path of the layer, path of the BatchNorm) of all that can be folded, and the report.
-
-        Args:
-          values: from the path of a module to its arrays by name.
-        """
-        calls = collections.defaultdict(list)
-        for call in self.calls:
-            calls[call.path].append(call)
-        pairs, left = [], []
-        for norm in self.norms:
-            try:
-                pairs.append((self._layer_before(norm, calls, values), norm))
-            except _NotFoldableError as reason:
-                left.append((_text(norm), str(reason)))
-        folded = tuple((_text(layer), _text(norm)) for layer, norm in pairs)
-        return pairs, Report(folded, tuple(left))
-
-    def _layer_before(self, norm: Path, calls: Mapping[Path, list[_Call]], values) -> Path:
-        """The path of the layer that this BatchNorm can be folded into."""
-        norm_calls = calls.get(norm, ())
-        _require(type(self.norms[norm]) in _NORMS, "is of a subclass of BatchNorm")
-        _require(norm_calls, "is not called with the example inputs")
-        for call in norm_calls:
-            _check_norm(call)
-        layers = [self._producer(call) for call in norm_calls]
-        path, name = layers[0].path, _text(layers[0].path)
-        _require(all(layer.path == path for layer in layers), "follows several layers")
-        _require(len(calls[path]) == len({id(layer) for layer in layers}), f"{name} is also called without it")
-        layer = layers[0]
-        _check_linear(name, layer.module)
-        kernel_path = (*path, "pointwise") if layer.kind in _SEPARABLE else path
-        for owner in (path, norm):
-            _require(not self._stray_uses(owner, calls[owner]), f"variables of {_text(owner)} are used elsewhere too")
-        kernel = self._variables.get((*kernel_path, "kernel"))
-        inside = all(any(call.enter < use < call.exit for use in self._uses[kernel]) for call in calls[path])
-        _require(kernel is not None and inside, f"the kernel of {name} is shared, or is not what it computes with")
-        array = values(kernel_path)["kernel"]
-        plain = array.ndim == _kernel_rank(layer) and values(norm)["mean"].shape == array.shape[-1:]
-        _require(plain and jnp.issubdtype(array.dtype, jnp.floating), f"the kernel of {name} is stacked, or not real")
-        return path
-
-    def _producer(self, norm: _Call) -> _Call:
-        layer = next((call for call in self.calls if call.output is norm.input and call.kind in _LAYERS), None)
-        _require(layer is not None, "does not directly follow a convolution or a linear layer")
-        others = [use for use in self._uses[layer.output] if use != norm.enter]
-        _require(not others, f"the result of {_text(layer.path)} is used elsewhere too")
-        return layer
-
-    def _stray_uses(self, owner: Path, calls: list[_Call]) -> list[int]:
-        """Where variables of a module are read outside of its calls."""
-        uses = [
-            use
-            for path, variable in self._variables.items()
-            if path[: len(owner)] == owner
-            for use in self._uses[variable]
-        ]
-        return [use for use in uses if use <= self._end and not any(call.enter < use < call.exit for call in calls)]
-
-
-class _NotFoldableError(Exception):
-    """The reason."""
-
-
-def _require(condition, reason: str) -> None:
-    if not condition:
-        raise _NotFoldableError(reason)
-
-
-def _check_norm(call: _Call) -> None:
-    norm, axis = call.module, call.module.axis
-    axes = axis if isinstance(axis, tuple | list) else (axis,)
-    running = call.arguments.get("use_running_average")
-    running = norm.use_running_average if running is None else running
-    _require(call.enter is not None and call.exit is not None, "is called inside of jit, scan, remat or the like")
-    _require(running is True, "normalises by the statistics of the batch")
-    _require([axis % call.rank for axis in axes] == [call.rank - 1], "does not normalise the last axis")
-    promote = getattr(norm, "promote_dtype", nnx_promote_dtype)
-    _require(promote in _KNOWN_FUNCTIONS["promote_dtype"], "has a promote_dtype of its own")
-
-
-def _check_linear(name: str, layer) -> None:
-    activation = getattr(layer, "pointwise_activation" if isinstance(layer, _SEPARABLE) else "activation", None)
-    _require(activation is None, f"{name} applies an activation")
-    for attribute, known in _KNOWN_FUNCTIONS.items():
-        function, make = getattr(layer, attribute, None), getattr(layer, f"{attribute}_cls", None)
-        function = function if make is None else make()
-        _require(function is None or function in known, f"{name} has a {attribute} of its own")
-
-
-def _kernel_rank(layer: _Call) -> int:
-    if layer.kind in _DENSE:
-        return 2
-    return 4 if layer.kind in _SEPARABLE else len(tuple(jnp.atleast_1d(jnp.asarray(layer.module.kernel_size)))) + 2
-
-
-def _bind(kind: type, module, args, kwargs) -> inspect.BoundArguments:
-    return inspect.signature(kind.__call__).bind(module, *args, **kwargs)
-
-
-def _text(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
 # nnx ------------------------------------------------------------------------------------------------------------------
 
 
-def _trace_nnx(model: nnx.Module, args, kwargs) -> _Trace:
-    trace = _Trace()
+def _trace_nnx(model: nnx.Module, args, kwargs) -> Trace:
+    trace = Trace()
     trace.norms = {path: module for path, module in nnx.iter_graph(model) if isinstance(module, nnx.BatchNorm)}
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)
@@ -431,7 +213,7 @@ def _trace_nnx(model: nnx.Module, args, kwargs) -> _Trace:
     def run(leaves, *args, **kwargs):
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
         for path, module in nnx.iter_graph(model):
-            if type(module) in (*_LAYERS, *_NORMS):
+            if type(module) in (*LAYERS, *NORMS):
                 module.__class__ = _recorded(type(module))
                 module._recorder = functools.partial(trace.call, path)
         result = model(*args, **kwargs)
@@ -455,16 +237,20 @@ def _recorded(kind: type[nnx.Module]) -> type[nnx.Module]:
 # linen ----------------------------------------------------------------------------------------------------------------
 
 
-def _trace_linen(module: linen.Module, variables, args, kwargs) -> _Trace:
-    trace = _Trace()
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def _trace_linen(module: linen.Module, variables, args, kwargs) -> Trace:
+    trace = Trace()
     leaves, treedef = jax.tree.flatten(linen.meta.unbox(variables))
-    paths = [tuple(key.key for key in path)[1:] for path, _ in jax.tree.leaves_with_path(linen.meta.unbox(variables))]
+    paths = [tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(linen.meta.unbox(variables))]
+    paths = [path[1:] if path[0] in _COLLECTIONS else (None, *path) for path in paths]
 
     def record(call, args, kwargs, context):
         module = context.module
         if isinstance(module, linen.BatchNorm):
             trace.norms[module.path] = module
-        if context.method_name != "__call__" or type(module) not in (*_LAYERS, *_NORMS):
+        if context.method_name != "__call__" or type(module) not in (*LAYERS, *NORMS):
             return call(*args, **kwargs)
         return trace.call(module.path, type(module), module, call, args, kwargs)
 
