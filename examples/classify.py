@@ -285,7 +285,7 @@ def compare_latencies(photographs: Sequence[Photograph]) -> bool:
             _, relative = differences(logits, reference)
             if not relative <= TOLERANCE:
                 print(
-                    f"  {name} DISAGREES with plain Flax at batch {batch}: logits differ by {relative:.1e} of the largest"
+                    f"  {name} at batch {batch}: DISAGREES with plain Flax, logits differ by {relative:.1e}, relative"
                 )
                 return False
         print(f"  batch {batch}: logits agree; timing", flush=True)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 CALLS = 200
-BUDGET_S = 30.0  # for each table row group; fewer calls where the device is slow
+BUDGET_S = 30.0  # for one batch size; fewer calls where the device is slow
 AT_LEAST = 3
 IN_FLIGHT = 10  # calls that are started back to back before the last is waited for
 

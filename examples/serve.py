@@ -115,8 +115,8 @@ def read_pictures(np, path: Path, expected):
             pictures = np.load(file, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an .npy file of numbers: {first_line(error)}") from None
+    except (ValueError, EOFError):
+        raise InputError(f"{path}: not an .npy file of numbers") from None
     shape = getattr(pictures, "shape", None)
     fits = shape is not None and len(shape) == len(expected.shape) and shape[1:] == tuple(expected.shape[1:])
     if not fits or shape[0] < 1 or pictures.dtype != expected.dtype:
