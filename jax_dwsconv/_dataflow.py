@@ -21,14 +21,14 @@ Path = tuple[Any, ...]
 
 NORMS = (nnx.BatchNorm, linen.BatchNorm)
 _SEPARABLE = (our_nnx.SeparableConv, our_linen.SeparableConv)
-_DENSE = (nnx.Linear, linen.Dense)
-LAYERS = (nnx.Conv, linen.Conv, our_nnx.DepthwiseConv, our_linen.DepthwiseConv, *_SEPARABLE, *_DENSE)
+LAYERS = (nnx.Conv, linen.Conv, our_nnx.DepthwiseConv, our_linen.DepthwiseConv, *_SEPARABLE, nnx.Linear, linen.Dense)
 # What makes a layer linear in its kernel; quantised operators, for example, are not.
 _KNOWN_FUNCTIONS = {
     "conv_general_dilated": (lax.conv_general_dilated, conv_general_dilated),
     "dot_general": (lax.dot_general,),
     "promote_dtype": (nnx_promote_dtype, linen_promote_dtype),
 }
+_HOOKS = {"on_get_value", "on_set_value", "on_create_value"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Call:
     kind: type
     module: Any
     arguments: Mapping[str, Any]
-    rank: int  # of the input
+    input_shape: tuple[int, ...]  # as the layer sees it: without the axes that vmap maps
+    output_shape: tuple[int, ...] | None = None
     enter: int | None = None  # positions of the two names in the program; None inside of a transformation
     exit: int | None = None
     input: Any = None
@@ -81,9 +82,12 @@ class Trace:
         name = list(bound.arguments)[1]
         number = len(self.calls)
         x = checkpoint_name(bound.arguments[name], f"{_TAG} {number} input")
-        self.calls.append(Call(path, kind, module, dict(bound.arguments), jnp.ndim(x)))
+        call = Call(path, kind, module, dict(bound.arguments), jnp.shape(x))
+        self.calls.append(call)
         bound.arguments[name] = x
-        return checkpoint_name(function(*bound.args[1:], **bound.kwargs), f"{_TAG} {number} output")
+        y = checkpoint_name(function(*bound.args[1:], **bound.kwargs), f"{_TAG} {number} output")
+        call.output_shape = jnp.shape(y)
+        return y
 
     def run(self, function: Callable, variables, variable_paths: list[Path], args, kwargs) -> None:
         """Traces function(variables, *args, **kwargs) -> (result, variables), without computing anything."""
@@ -124,25 +128,21 @@ class Trace:
         else:
             call.exit, call.output = position, equation.outvars[0]
 
-    def pairs(self, values: Callable[[Path], Mapping[str, Any]]) -> tuple[list[tuple[Path, Path]], Report]:
-        """(path of the layer, path of the BatchNorm) of all that can be folded, and the report.
-
-        Args:
-          values: from the path of a module to its arrays by name.
-        """
+    def pairs(self) -> tuple[list[tuple[Path, Path]], Report]:
+        """(path of the layer, path of the BatchNorm) of all that can be folded, and the report."""
         calls = collections.defaultdict(list)
         for call in self.calls:
             calls[call.path].append(call)
         pairs, left = [], []
         for norm in self.norms:
             try:
-                pairs.append((self._layer_before(norm, calls, values), norm))
+                pairs.append((self._layer_before(norm, calls), norm))
             except _NotFoldableError as reason:
                 left.append((_text(norm), str(reason)))
         folded = tuple((_text(layer), _text(norm)) for layer, norm in pairs)
         return pairs, Report(folded, tuple(left))
 
-    def _layer_before(self, norm: Path, calls: Mapping[Path, list[Call]], values) -> Path:
+    def _layer_before(self, norm: Path, calls: Mapping[Path, list[Call]]) -> Path:
         """The path of the layer that this BatchNorm can be folded into."""
         norm_calls = calls.get(norm, ())
         _require(type(self.norms[norm]) in NORMS, "is of a subclass of BatchNorm")
@@ -161,16 +161,14 @@ class Trace:
         kernel = self._variables.get((*kernel_path, "kernel"))
         inside = all(any(call.enter < use < call.exit for use in self._uses[kernel]) for call in calls[path])
         _require(kernel is not None and inside, f"the kernel of {name} is shared, or is not what it computes with")
-        array = values(kernel_path)["kernel"]
-        plain = array.ndim == _kernel_rank(layer) and values(norm)["mean"].shape == array.shape[-1:]
-        _require(plain and jnp.issubdtype(array.dtype, jnp.floating), f"the kernel of {name} is stacked, or not real")
+        _require(jnp.issubdtype(kernel.aval.dtype, jnp.floating), f"the kernel of {name} is not real")
         return path
 
     def _producer(self, norm: Call) -> Call:
         layer = next((call for call in self.calls if call.output is norm.input and call.kind in LAYERS), None)
-        _require(
-            layer is not None and layer.enter is not None, "does not directly follow a convolution or a linear layer"
-        )
+        _require(layer and layer.enter is not None, "does not directly follow a convolution or a linear layer")
+        shapes = {layer.output_shape, norm.input_shape, layer.output.aval.shape}
+        _require(len(shapes) == 1, "is called inside of vmap, or the layer before it is")
         others = [use for use in self._uses[layer.output] if use != norm.enter]
         _require(not others, f"the result of {_text(layer.path)} is used elsewhere too")
         return layer
@@ -197,12 +195,13 @@ def _require(condition, reason: str) -> None:
 
 def _check_norm(call: Call) -> None:
     norm, axis = call.module, call.module.axis
+    rank = len(call.input_shape)
     axes = axis if isinstance(axis, tuple | list) else (axis,)
     running = call.arguments.get("use_running_average")
     running = norm.use_running_average if running is None else running
     _require(call.enter is not None and call.exit is not None, "is called inside of jit, scan, remat or the like")
     _require(running is True, "normalises by the statistics of the batch")
-    _require([axis % call.rank for axis in axes] == [call.rank - 1], "does not normalise the last axis")
+    _require([axis % rank for axis in axes] == [rank - 1], "does not normalise the last axis")
     promote = getattr(norm, "promote_dtype", nnx_promote_dtype)
     _require(promote in _KNOWN_FUNCTIONS["promote_dtype"], "has a promote_dtype of its own")
 
@@ -210,19 +209,13 @@ def _check_norm(call: Call) -> None:
 def _check_linear(name: str, layer) -> None:
     activation = getattr(layer, "pointwise_activation" if isinstance(layer, _SEPARABLE) else "activation", None)
     _require(activation is None, f"{name} applies an activation")
+    variables = [v for v in vars(getattr(layer, "pointwise", layer)).values() if isinstance(v, nnx.Variable)]
+    plain = all(type(v) is nnx.Param and not v.get_metadata().keys() & _HOOKS for v in variables)
+    _require(plain, f"the parameters of {name} have hooks, or are no plain nnx.Param")
     for attribute, known in _KNOWN_FUNCTIONS.items():
         function, make = getattr(layer, attribute, None), getattr(layer, f"{attribute}_cls", None)
         function = function if make is None else make()
         _require(function is None or function in known, f"{name} has a {attribute} of its own")
-
-
-def _kernel_rank(layer: Call) -> int:
-    if layer.kind in _DENSE:
-        return 2
-    if layer.kind in _SEPARABLE:
-        return 4
-    size = layer.module.kernel_size
-    return 3 if isinstance(size, int) else len(size) + 2
 
 
 def bind(kind: type, module, args, kwargs) -> inspect.BoundArguments:

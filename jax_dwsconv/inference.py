@@ -64,7 +64,7 @@ def fold(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[nnx.Module, Repo
     folded = nnx.clone(model)
     folded.eval()
     modules = {path: node for path, node in nnx.iter_graph(folded) if isinstance(node, nnx.Module)}
-    pairs, report = _trace_nnx(folded, args, kwargs).pairs(lambda path: _nnx_values(modules[path]))
+    pairs, report = _trace_nnx(folded, args, kwargs).pairs()
     for layer_path, norm_path in pairs:
         layer, norm = modules[layer_path], modules[norm_path]
         convolution = layer.pointwise if isinstance(layer, our_nnx.SeparableConv) else layer
@@ -137,7 +137,7 @@ def fold_linen(
         if collection in _COLLECTIONS:
             values[tuple(path)][name] = linen.meta.unbox(value)
     trace = _trace_linen(module, variables, args, kwargs)
-    pairs, report = trace.pairs(values.__getitem__)
+    pairs, report = trace.pairs()
     layers = {call.path: call.module for call in trace.calls}
     norms = {}
     for layer_path, norm_path in pairs:

@@ -19,6 +19,8 @@ import jax_dwsconv.linen
 import jax_dwsconv.nnx
 from jax_dwsconv.inference import Identity, fold, fold_linen
 
+pytestmark = pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+
 BATCH_NORMS = {"mobilenet_v1": 27, "mobilenet_v2": 52, "efficientnet_b0": 49, "efficientnet_lite0": 49, "convnext_t": 0}
 
 
@@ -292,6 +294,15 @@ def convolve_quantised(x, kernel, *args, **options):
     return lax.conv_general_dilated(x, jnp.round(kernel * 8) / 8, *args, **options)
 
 
+class MyParam(nnx.Param):
+    pass
+
+
+own_variable = conv()
+own_variable.bias = MyParam(own_variable.bias[...])
+own_hook = conv()
+own_hook.kernel.set_metadata(on_get_value=lambda variable, value: jnp.tanh(value))
+
 LEFT = {
     "used_twice": (twice, {}, "the result of conv is used elsewhere too"),
     "stored": (stored, {}, "the result of conv is used elsewhere too"),
@@ -321,6 +332,14 @@ LEFT = {
         {"conv": conv(conv_general_dilated=convolve_quantised)},
         "a conv_general_dilated of its own",
     ),
+    "vmapped_norm": (
+        lambda m, x: jax.vmap(m.norm, in_axes=-1, out_axes=-1)(m.conv(x)),
+        {"norm": norm(9)},
+        "is called inside of vmap",
+    ),
+    "vmapped_conv": (lambda m, x: m.norm(jax.vmap(m.conv)(x)), {}, "is called inside of vmap"),
+    "hook": (in_order, {"conv": own_hook}, "the parameters of conv have hooks"),
+    "own_variable": (in_order, {"conv": own_variable}, "are no plain nnx.Param"),
     "promote": (
         in_order,
         {"conv": conv(promote_dtype=lambda operands, dtype: operands)},
