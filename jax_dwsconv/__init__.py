@@ -1,8 +1,8 @@
 """Fast depthwise and depthwise-separable convolution for JAX.
 
 Native kernels for the CPU and for NVIDIA GPUs behind JAX primitives: differentiable to any order, batchable, and
-drop-in for `jax.lax.conv_general_dilated`. The Flax layers are in `jax_dwsconv.linen` and `jax_dwsconv.nnx`, the folding
-of batch normalisation in `jax_dwsconv.inference`; they are not imported here.
+drop-in for `jax.lax.conv_general_dilated`. The Flax layers are in `jax_dwsconv.linen` and `jax_dwsconv.nnx`,
+the folding of batch normalisation in `jax_dwsconv.inference`; they are not imported here.
 """
 
 from jax_dwsconv import _versions  # isort: skip
