@@ -74,7 +74,7 @@ def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, *operands, win
         return mlir.lower_fun(convert, multiple_results=False)(ctx, *operands)
     further = {"tile": tile} if platform == "cuda" and (tile := _config.forced_tile()) else {}
     if op == "fused_forward":
-        ctx, operands = _with_empty(ctx, operands, params["parts"], out_dtype)
+        ctx, operands = with_empty(ctx, operands, params["parts"], reference.PARTS, out_dtype)
         further["activation"] = params["activation"] or "none"
     return _EMIT[platform, op](ctx, *operands, **_attributes(op, window), **further)
 
@@ -97,12 +97,12 @@ def _is_for_another_machine(platform: str) -> bool:
         return True
 
 
-def _with_empty(ctx, operands, parts, out_dtype):
-    """The operands of fused_forward, with an array of no elements for each of those that it does not have."""
+def with_empty(ctx, operands, parts, all_parts, out_dtype):
+    """Two operands and those named in `parts`, with an array of no elements for every other of `all_parts`."""
     avals, values = list(ctx.avals_in[:2]), list(operands[:2])
     given = dict(zip(parts, zip(ctx.avals_in[2:], operands[2:], strict=True), strict=True))
-    for part in reference.PARTS:
-        dtype = out_dtype if part == "residual" else _common_dtype(out_dtype)
+    for part in all_parts:
+        dtype = _common_dtype(out_dtype) if part in ("scale", "bias") else out_dtype
         empty = np.zeros((0,), dtype)
         aval, value = given.get(part) or (jax.typeof(empty), mlir.ir_constant(empty))
         avals.append(aval)
