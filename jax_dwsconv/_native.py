@@ -13,8 +13,9 @@ TARGETS = {
     "fused_forward": "jax_dwsconv.fused_forward.v1",
     "grad_input": "jax_dwsconv.grad_input.v1",
     "grad_filter": "jax_dwsconv.grad_filter.v1",
+    "quantized_forward": "jax_dwsconv.quantized_forward.v1",
 }
-SINCE = {"forward": "0.1.0", "fused_forward": "0.1.0", "grad_input": "0.1.0", "grad_filter": "0.1.0"}
+SINCE = dict.fromkeys(TARGETS, "0.1.0")
 # A program that was exported by a later package is answered with the version that it needs.
 _FUTURE_VERSIONS = range(2, 17)
 # XLA's registry spells the platform in upper case; lower case would never match, without an error.
