@@ -78,7 +78,7 @@ std::string_view ForcedTile(const ffi::Dictionary& attrs) {
 
 ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& attrs, const ffi::AnyBuffer& x,
                                     const ffi::AnyBuffer& filter, const ffi::AnyBuffer& y,
-                                    std::size_t further_attributes) {
+                                    std::size_t further_attributes, bool integers) {
   const auto strides = attrs.get<Dims>("strides");
   const auto padding = attrs.get<Dims>("padding");
   const auto dilation = attrs.get<Dims>("dilation");
@@ -104,7 +104,15 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
     return Invalid(op, "all operands must have rank 4: " + shapes);
   const auto x_dtype = DtypeOf(x.element_type()), filter_dtype = DtypeOf(filter.element_type()),
              y_dtype = DtypeOf(y.element_type());
-  if (!x_dtype || !filter_dtype || !y_dtype) return Invalid(op, "dtypes must be float32, float64, bfloat16, float16, int8 or int32");
+  const auto is_integer = [](Dtype dtype) { return dtype == Dtype::kI8 || dtype == Dtype::kI32; };
+  if (integers) {
+    if (x_dtype != Dtype::kI8 || filter_dtype != Dtype::kI8 || !y_dtype || !is_integer(*y_dtype)) {
+      return Invalid(op, "input and filter must be int8, the output int8 or int32");
+    }
+  } else if (!x_dtype || !filter_dtype || !y_dtype || is_integer(*x_dtype) || is_integer(*filter_dtype) ||
+             is_integer(*y_dtype)) {
+    return Invalid(op, "dtypes must be float32, float64, bfloat16 or float16");
+  }
 
   const int h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
   Problem p{};
@@ -180,10 +188,6 @@ ffi::ErrorOr<Requantization> DecodeRequantization(const Problem& p, const ffi::D
   const auto numbers = attrs.get<Dims>("quantization");
   if (!numbers || numbers->size() != 4 || !AllWithin(*numbers, -128, 127)) {
     return Invalid(kOp, "quantization must be four integers from -128 to 127; " + NewerVersion(attrs));
-  }
-  if (p.x_dtype != Dtype::kI8 || p.filter_dtype != Dtype::kI8 ||
-      (p.y_dtype != Dtype::kI8 && p.y_dtype != Dtype::kI32)) {
-    return Invalid(kOp, "input and filter must be int8, the output int8 or int32");
   }
   if (p.kernel_h * p.kernel_w > kMostTaps) return Invalid(kOp, "the filter has too many taps");
   const auto fits = [&](const ffi::AnyBuffer& vector, ffi::DataType type, bool required, bool allowed) {

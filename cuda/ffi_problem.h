@@ -16,10 +16,12 @@ namespace dwsconv {
 //   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW",
 //   since: the version of the package that introduced this list of attributes and operands.
 // One may be there besides: see ForcedTile. `further_attributes` is how many more the operator itself requires.
+// With `integers` the dtypes are int8, of y perhaps int32; else floating.
 // `op` names the operator in error messages. Every size that a kernel reads is checked here.
 xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs,
                                          const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter,
-                                         const xla::ffi::AnyBuffer& y, std::size_t further_attributes = 0);
+                                         const xla::ffi::AnyBuffer& y, std::size_t further_attributes = 0,
+                                         bool integers = false);
 
 // The epilogue of fused_forward for a problem whose result is y. scale, bias: (C * multiplier) of float32, of float64
 // where y is; residual: like y. An operand of shape (0,) is not there. One further attribute: `activation`, "none",
