@@ -8,7 +8,8 @@ namespace ffi = xla::ffi;
 static ffi::Error QuantizedForwardImpl(ffi::ThreadPool pool, ffi::Dictionary attrs, ffi::AnyBuffer x,
                                        ffi::AnyBuffer filter, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
                                        ffi::Result<ffi::AnyBuffer> y) {
-  const auto problem = DecodeProblem("quantized_forward", attrs, x, filter, *y, /*further_attributes=*/1, /*integers=*/true);
+  const auto problem =
+      DecodeProblem("quantized_forward", attrs, x, filter, *y, /*further_attributes=*/1, /*integers=*/true);
   if (!problem) return problem.error();
   const auto requantization = DecodeRequantization(*problem, attrs, scale, bias);
   if (!requantization) return requantization.error();

@@ -154,8 +154,8 @@ class StagedPairs {
     const int8_t *low = Row(row), *high = Row(row + p_.dilation_h);
     const int64_t left = block_.first * p_.stride_w - p_.pad_left;
     for (int64_t position = 0; position < positions_; ++position, to += pitch_) {
-      const int64_t of_tap = shared_ ? position
-                                     : position % block_.count * p_.stride_w + position / block_.count * p_.dilation_w;
+      const int64_t of_tap =
+          shared_ ? position : position % block_.count * p_.stride_w + position / block_.count * p_.dilation_w;
       const int64_t column = left + of_tap;
       const bool inside = column >= 0 && column < p_.in_w;
       const int64_t offset = inside ? column * p_.x.w : 0;

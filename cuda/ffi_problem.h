@@ -30,9 +30,9 @@ xla::ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const xla::ffi::Dic
                                            const xla::ffi::AnyBuffer& scale, const xla::ffi::AnyBuffer& bias,
                                            const xla::ffi::AnyBuffer& residual, const xla::ffi::AnyBuffer& y);
 
-// What follows the sums of quantized_forward. scale: (C * multiplier) of float32 where y is int8, (0,) where it is int32;
-// bias: (C * multiplier) of int32, or (0,). One further attribute: `quantization` int64[4], the zero points of x and y
-// and the limits of y.
+// What follows the sums of quantized_forward. scale: (C * multiplier) of float32 where y is int8, (0,) where it is
+// int32; bias: (C * multiplier) of int32, or (0,). One further attribute: `quantization` int64[4], the zero points of x
+// and y and the limits of y.
 xla::ffi::ErrorOr<Requantization> DecodeRequantization(const Problem& p, const xla::ffi::Dictionary& attrs,
                                                        const xla::ffi::AnyBuffer& scale,
                                                        const xla::ffi::AnyBuffer& bias);

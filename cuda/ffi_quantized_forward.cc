@@ -16,8 +16,8 @@ static ffi::Error QuantizedForwardImpl(cudaStream_t stream, int32_t ordinal, ffi
   const auto requantization = DecodeRequantization(*problem, attrs, scale, bias);
   if (!requantization) return requantization.error();
   if (y->element_count() == 0) return ffi::Error::Success();
-  const QuantizedCall call{*problem, *requantization, x.untyped_data(), filter.untyped_data(), y->untyped_data(),
-                           stream};
+  const QuantizedCall call{*problem,          *requantization, x.untyped_data(), filter.untyped_data(),
+                           y->untyped_data(), stream};
   const auto plan =
       FindQuantizedPlan({*problem, ordinal, Alignment(call.x, call.filter, call.y), 0, true, ForcedTile(attrs)});
   if (!plan) return plan.error();

@@ -14,7 +14,7 @@
 
 namespace dwsconv {
 
-inline int64_t BytesOf(Dtype dtype) { 
+inline int64_t BytesOf(Dtype dtype) {
   switch (dtype) {
     case Dtype::kF64: return 8;
     case Dtype::kF32:

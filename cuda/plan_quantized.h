@@ -10,8 +10,8 @@
 
 namespace dwsconv {
 
-// In NHWC (quantized.cuh): a thread has four channels times `columns` columns of the result and marches down `rows` rows
-// of them; it loads `ahead` rows before it needs them.
+// In NHWC (quantized.cuh): a thread has four channels times `columns` columns of the result and marches down `rows`
+// rows of them; it loads `ahead` rows before it needs them.
 struct QuantizedTile {
   static constexpr int kVector = 4;
   int kernel_h, kernel_w;  // of the instance, the filter may have fewer rows and columns

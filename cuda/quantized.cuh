@@ -1,6 +1,6 @@
-// The int8 convolution. In NHWC every thread owns four channels, one word of memory, and a few neighbouring columns, and
-// marches down the rows as in march.cuh. Four neighbouring columns of a channel in one register, a quad, meet four taps
-// in one dp4a; the bytes get there by permutations, which all rows of the filter share.
+// The int8 convolution. In NHWC every thread owns four channels, one word of memory, and a few neighbouring columns,
+// and marches down the rows as in march.cuh. Four neighbouring columns of a channel in one register, a quad, meet four
+// taps in one dp4a; the bytes get there by permutations, which all rows of the filter share.
 #ifndef JAX_DWSCONV_CUDA_QUANTIZED_CUH_
 #define JAX_DWSCONV_CUDA_QUANTIZED_CUH_
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMarchThreads)
   const uint32_t zero = InEveryByte(r.x_zero_point);
   uint32_t ahead[kAhead][kColumns];
   const int last_row = min(end, m.source.h);
-  const auto load = [&](int row, uint32_t(&words)[kColumns]) {
+  const auto load = [&](int row, uint32_t (&words)[kColumns]) {
     const bool row_inside = row >= 0 && row < last_row;
     LoadWords(m.source, next, row_inside, first_column, inside, zero, words);
     next += m.source.step.h;
@@ -198,13 +198,13 @@ __global__ void __launch_bounds__(kMarchThreads)
     start[c] = (r.bias ? r.bias[t.channel + c] : 0) - r.x_zero_point * taps.Sum(c);
   }
 
-  Y* out = result + t.image * m.result.step.n + first_out * m.result.step.h + t.tile * kTile * m.result.step.w +
-           t.channel;
+  Y* out =
+      result + t.image * m.result.step.n + first_out * m.result.step.h + t.tile * kTile * m.result.step.w + t.channel;
   const int pixel = static_cast<int>(m.result.step.w), columns_left = m.result.w - t.tile * kTile;
 
   // As in march.cuh: sums[s] belongs to the result whose taps of the first s * kS rows are added.
   int sums[kLast + 1][kTile][kWordChannels];
-  const auto restart = [&](int(&of)[kTile][kWordChannels]) {
+  const auto restart = [&](int (&of)[kTile][kWordChannels]) {
 #pragma unroll
     for (int b = 0; b < kTile; ++b) {
 #pragma unroll
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kMarchThreads)
 // The general kernel: one result element for every thread.
 template <class Index, class Y>
 __global__ void QuantizedGatherKernel(const __grid_constant__ Problem p, const __grid_constant__ Requantization r,
-                                      const __grid_constant__ Rounding rounding, const int8_t* __restrict__ x, const int8_t* __restrict__ filter,
-                                      Y* __restrict__ y) {
+                                      const __grid_constant__ Rounding rounding, const int8_t* __restrict__ x,
+                                      const int8_t* __restrict__ filter, Y* __restrict__ y) {
   const Index count = p.y_elements(), step = static_cast<Index>(gridDim.x) * blockDim.x;
   for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
     const Position at = Locate<Index>(i, p.channels_last, p.out_h, p.out_w, p.out_channels());

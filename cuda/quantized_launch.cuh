@@ -16,16 +16,16 @@ void LaunchQuantizedKernel(const QuantizedCall& call, const QuantizedMarch& marc
 
 template <int kS>
 bool LaunchQuantizedTile(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile) {
-#define DWSCONV_TRY(kH, kW, kTile, kAhead)                                                                   \
-  if constexpr (HasQuantizedInstance(kS, kH, kTile, kAhead)) {                                               \
-    if (tile.kernel_h == kH && tile.kernel_w == kW && tile.columns == kTile && tile.ahead == kAhead) {       \
-      if (call.problem.y_dtype == Dtype::kI8) {                                                              \
-        LaunchQuantizedKernel<int8_t, kH, kW, kS, kTile, kAhead>(call, march);                               \
-      } else {                                                                                               \
-        LaunchQuantizedKernel<int32_t, kH, kW, kS, kTile, kAhead>(call, march);                              \
-      }                                                                                                      \
-      return true;                                                                                           \
-    }                                                                                                        \
+#define DWSCONV_TRY(kH, kW, kTile, kAhead)                                                             \
+  if constexpr (HasQuantizedInstance(kS, kH, kTile, kAhead)) {                                         \
+    if (tile.kernel_h == kH && tile.kernel_w == kW && tile.columns == kTile && tile.ahead == kAhead) { \
+      if (call.problem.y_dtype == Dtype::kI8) {                                                        \
+        LaunchQuantizedKernel<int8_t, kH, kW, kS, kTile, kAhead>(call, march);                         \
+      } else {                                                                                         \
+        LaunchQuantizedKernel<int32_t, kH, kW, kS, kTile, kAhead>(call, march);                        \
+      }                                                                                                \
+      return true;                                                                                     \
+    }                                                                                                  \
   }
   DWSCONV_QUANTIZED_TILES(DWSCONV_TRY)
 #undef DWSCONV_TRY

@@ -13,8 +13,8 @@ void LaunchGather(const QuantizedCall& call) {
   const auto kernel = count <= std::numeric_limits<uint32_t>::max() ? QuantizedGatherKernel<uint32_t, Y>
                                                                     : QuantizedGatherKernel<uint64_t, Y>;
   kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, call.stream>>>(
-      call.problem, call.requantization, Rounding(call.requantization), static_cast<const int8_t*>(call.x), static_cast<const int8_t*>(call.filter),
-      static_cast<Y*>(call.y));
+      call.problem, call.requantization, Rounding(call.requantization), static_cast<const int8_t*>(call.x),
+      static_cast<const int8_t*>(call.filter), static_cast<Y*>(call.y));
 }
 
 }  // namespace
