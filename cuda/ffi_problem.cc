@@ -20,18 +20,6 @@ std::string Show(Dims dims) {
   return text + ")";
 }
 
-std::optional<Dtype> DtypeOf(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32: return Dtype::kF32;
-    case ffi::F64: return Dtype::kF64;
-    case ffi::BF16: return Dtype::kBF16;
-    case ffi::F16: return Dtype::kF16;
-    case ffi::S8: return Dtype::kI8;
-    case ffi::S32: return Dtype::kI32;
-    default: return std::nullopt;
-  }
-}
-
 ffi::Unexpected<ffi::Error> Invalid(std::string_view op, const std::string& what) {
   return ffi::Unexpected<ffi::Error>(ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) + ": " + what));
 }
@@ -70,6 +58,18 @@ Strides ActivationStrides(const Dims& dims, bool channels_last) {
 }
 
 }  // namespace
+
+std::optional<Dtype> DtypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return Dtype::kF32;
+    case ffi::F64: return Dtype::kF64;
+    case ffi::BF16: return Dtype::kBF16;
+    case ffi::F16: return Dtype::kF16;
+    case ffi::S8: return Dtype::kI8;
+    case ffi::S32: return Dtype::kI32;
+    default: return std::nullopt;
+  }
+}
 
 std::string_view ForcedTile(const ffi::Dictionary& attrs) {
   const auto tile = attrs.get<std::string_view>("tile");
@@ -152,27 +152,26 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   return p;
 }
 
-ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const ffi::Dictionary& attrs, const ffi::AnyBuffer& scale,
-                                      const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual,
-                                      const ffi::AnyBuffer& y) {
-  constexpr std::string_view kOp = "fused_forward";
+ffi::ErrorOr<Epilogue> DecodeEpilogue(std::string_view op, int64_t channels, const ffi::Dictionary& attrs,
+                                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& bias,
+                                      const ffi::AnyBuffer& residual, const ffi::AnyBuffer& y) {
   const auto name = attrs.get<std::string_view>("activation");
   const auto activation = name ? ActivationOf(*name) : std::nullopt;
   if (!activation) {
-    return Invalid(kOp, "activation must be one of none, relu, relu6, silu, gelu, hard_swish; " + NewerVersion(attrs));
+    return Invalid(op, "activation must be one of none, relu, relu6, silu, gelu, hard_swish; " + NewerVersion(attrs));
   }
   const auto accumulator = y.element_type() == ffi::F64 ? ffi::F64 : ffi::F32;
   for (const auto* vector : {&scale, &bias}) {
     const Dims dims = vector->dimensions();
-    if (dims.size() != 1 || (dims[0] != 0 && dims[0] != p.out_channels()) || vector->element_type() != accumulator) {
-      return Invalid(kOp, "scale and bias must be float32, or float64 where the output is, of shape (0,) or (" +
-                              std::to_string(p.out_channels()) + ",); got " + Show(dims));
+    if (dims.size() != 1 || (dims[0] != 0 && dims[0] != channels) || vector->element_type() != accumulator) {
+      return Invalid(op, "scale and bias must be float32, or float64 where the output is, of shape (0,) or (" +
+                             std::to_string(channels) + ",); got " + Show(dims));
     }
   }
   const Dims rd = residual.dimensions(), yd = y.dimensions();
   const bool like_y = std::equal(rd.begin(), rd.end(), yd.begin(), yd.end());
   if (!(like_y || (rd.size() == 1 && rd[0] == 0)) || residual.element_type() != y.element_type()) {
-    return Invalid(kOp,
+    return Invalid(op,
                    "residual must have the output's dtype and its shape " + Show(yd) + ", or (0,); got " + Show(rd));
   }
   const auto data = [](const ffi::AnyBuffer& buffer) {
