@@ -14,6 +14,7 @@ TARGETS = {
     "grad_input": "jax_dwsconv.grad_input.v1",
     "grad_filter": "jax_dwsconv.grad_filter.v1",
     "pointwise": "jax_dwsconv.pointwise.v1",  # on CUDA alone
+    "quantized_forward": "jax_dwsconv.quantized_forward.v1",
 }
 SINCE = dict.fromkeys(TARGETS, "0.1.0")
 # A program that was exported by a later package is answered with the version that it needs.

@@ -230,7 +230,8 @@ def _lower_for_cuda(ctx, *operands, parts, activation, precision, out_dtype):
     if not _has_kernel(ctx, parts, out_dtype):
         params = {"parts": parts, "activation": activation, "precision": precision, "out_dtype": out_dtype}
         return mlir.lower_fun(functools.partial(_in_lax, **params), multiple_results=False)(ctx, *operands)
-    ctx, operands = lowering.with_empty(ctx, operands, parts, PARTS, out_dtype)
+    dtypes = {part: np.dtype(np.float32) if part in ("scale", "bias") else out_dtype for part in PARTS}
+    ctx, operands = lowering.with_empty(ctx, operands, parts, dtypes)
     attributes = {"activation": activation or "none", "since": _native.SINCE["pointwise"]}
     return jax.ffi.ffi_lowering(_native.TARGETS["pointwise"])(ctx, *operands, **attributes)
 
