@@ -98,7 +98,8 @@ def pointwise(x, kernel, scale, bias, gate, residual, activation, precision, cha
     params = {
         "parts": tuple(others),
         "activation": _epilogue.activation_name(activation),
-        "precision": lax.Precision.DEFAULT if precision is None else precision,
+        # Now, not where the primitive is lowered: the setting may be a context's.
+        "precision": jax.config.jax_default_matmul_precision if precision is None else precision,
         "out_dtype": np.dtype(out_dtype),
     }
     if channels_last and not _config.disabled() and all(_on_no_mesh(a) for a in (x, kernel, *others.values())):
@@ -201,12 +202,12 @@ batching.primitive_batchers[pointwise_p] = _batch
 
 
 def pays(pixels: int, channels: int, features: int) -> bool:
-    """Whether our kernel is expected to be faster than XLA's matrix product, on an H100.
+    """Whether our kernel is expected to be faster than XLA's matrix product and what XLA makes of the rest, on an H100.
 
-    That is so where the result has too few tiles to occupy the device, so that XLA divides the channels and adds up in
-    further kernels; not where the product is large. docs/performance.md has the measurements.
+    That is so where the result is small: there XLA divides the channels and adds up in further kernels, or leaves what
+    follows to another. docs/performance.md has the measurements.
     """
-    return pixels * features <= 500 * channels and pixels * channels * features <= 1.5e8
+    return channels >= 32 and pixels * features <= 200_000 and pixels * channels * features <= 1.5e8
 
 
 def _has_kernel(ctx, parts, out_dtype) -> bool:

@@ -67,7 +67,7 @@ def test_against_float64(shape, dtype, parts):
     expected = reference(x, kernel, others, activation)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     if jax.default_backend() == "gpu":
-        assert is_ours(function, x, kernel, others) == (dtype != "float32")
+        assert is_ours(function, x, kernel, others) == (dtype != "float32" and shape[3] >= 32)
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
