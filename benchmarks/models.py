@@ -2,11 +2,11 @@
 """Times whole models, their depthwise layers on jax_dwsconv and on plain lax through Flax, in one run.
 
 A training step is forward, backward and SGD with momentum. Inference is the forward pass with BatchNorm's running
-statistics, in two further forms: "folded" is ours with BatchNorm and activations in the kernels, "expert" is what one can
-write without this package, BatchNorm folded, depthwise convolutions as sums of shifted products and pointwise ones as
-matrix products. The time of a call is the median of calls that are blocked on, that of back-to-back calls is of ten that
-are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). All sides get
-the same parameters and images, and their results are compared.
+statistics, in two further forms: "folded" is ours with BatchNorm and activations in the kernels, "expert" is what one
+can write without this package, BatchNorm folded, depthwise convolutions as sums of shifted products and pointwise ones
+as matrix products. The time of a call is the median of calls that are blocked on, that of back-to-back calls is of ten
+that are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). All sides
+get the same parameters and images, and their results are compared.
 """
 
 import argparse

@@ -150,8 +150,8 @@ def _in_lax(x, kernel, *others, parts, activation, precision, out_dtype, channel
 
 # The primitive --------------------------------------------------------------------------------------------------------
 #
-# pointwise(x, kernel, *others): x (N, H, W, C), kernel (C, F), `parts` names the others. Its value is that of the kernel
-# with and without a derivative; everything else is that of the composition above.
+# pointwise(x, kernel, *others): x (N, H, W, C), kernel (C, F), `parts` names the others. Its value is that of the
+# kernel with and without a derivative; everything else is that of the composition above.
 
 
 def _abstract_eval(x, kernel, *others, **params):
