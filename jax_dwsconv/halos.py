@@ -20,10 +20,12 @@ on the block as it is, then again on the few rows at its ends that need a halo: 
 work can be done while the halos are under way. Otherwise it runs on a copy of the block that includes them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax import lax, numpy as jnp
 
 from jax_dwsconv import _arguments
@@ -37,8 +39,8 @@ class Dimension(NamedTuple):
     """A dimension of an operator that is divided among devices.
 
     Attributes:
-      axes: of the mesh, that divide it.
-      parts: into how many.
+      axes: of the mesh, that divide it, the major one first.
+      mesh: the sizes of all axes of the mesh, in its order.
       source: whole size of operand 0, which is x, or y for grad_input.
       target: whole size of y, or of x for grad_input.
       stride: of the window.
@@ -48,13 +50,18 @@ class Dimension(NamedTuple):
     """
 
     axes: Axes
-    parts: int
+    mesh: dict[str, int]
     source: int
     target: int
     stride: int
     reach: int
     low: int
     transposed: bool
+
+    @property
+    def parts(self) -> int:
+        """Into how many it is divided."""
+        return math.prod(self.mesh[axis] for axis in self.axes)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -73,6 +80,15 @@ class Dimension(NamedTuple):
         (x0, x1), (y0, y1) = (targets, sources) if self.transposed else (sources, targets)
         low = self.low + x0 - y0 * self.stride
         return low, (y1 - y0 - 1) * self.stride + self.reach - (x1 - x0) - low
+
+    def permute(self, x: jax.Array, shift: int) -> jax.Array:
+        """What the device `shift` places before has, or zeros where there is none."""
+        # ppermute numbers devices in the order of the mesh, whatever that of the axes is.
+        axes = tuple(axis for axis in self.mesh if axis in self.axes)
+        numbers = np.arange(self.parts).reshape([self.mesh[axis] for axis in axes])
+        numbers = numbers.transpose([axes.index(axis) for axis in self.axes]).ravel()
+        pairs = zip(numbers[max(0, -shift) :], numbers[max(0, shift) :], strict=False)
+        return lax.ppermute(x, axes, [(int(sender), int(receiver)) for sender, receiver in pairs])
 
     def inner(self) -> Rows | None:
         """The targets in a block that need no halo. None where most do, or where devices differ."""
@@ -121,7 +137,10 @@ def exchange_halos(
     strides = _arguments.per_axis("strides", strides, rank)
     dilation = _arguments.per_axis("dilation", dilation, rank)
     names = [() if name is None else name if isinstance(name, tuple) else (name,) for name in axis_names]
-    parts = [lax.axis_size(axes) if axes else 1 for axes in names]
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    if unknown := [axis for axes in names for axis in axes if axis not in mesh]:
+        raise ValueError(f"axis_names: {unknown[0]!r} is no axis of the mesh of a shard_map around this, {tuple(mesh)}")
+    parts = [math.prod(mesh[axis] for axis in axes) for axes in names]
     at = [data_format.index(letter) - len(data_format) for letter in data_format if letter in "HW"]
     whole = [x.shape[axis] * n for axis, n in zip(at, parts, strict=True)]
     pairs = list(_arguments.padding_pairs(padding, whole, kernel_size, strides, dilation))
@@ -134,7 +153,7 @@ def exchange_halos(
                 "be divided evenly; use another padding, such as 'SAME'"
             )
         if axes:
-            dimension = Dimension(axes, parts[i], whole[i], size, strides[i], reach, pairs[i][0], transposed=False)
+            dimension = Dimension(axes, mesh, whole[i], size, strides[i], reach, pairs[i][0], transposed=False)
             x, *_ = _with_halo(x, at[i] % x.ndim, dimension)
             pairs[i] = (0, 0)
     return x, tuple(pairs)
@@ -254,14 +273,13 @@ def _rows(x, at: int, dimension: Dimension, rows: Rows):
 
 def _neighbours(x, at: int, dimension: Dimension, side: int, count: int) -> list:
     """The `count` rows before (side -1) or after (1) the block, one piece for each neighbour, the nearest first."""
-    size, parts, pieces = x.shape[at], dimension.parts, []
-    for hop in range(1, parts):
+    size, others, pieces = x.shape[at], dimension.parts - 1, []
+    for hop in range(1, others + 1):
         rows = min(size, count - (hop - 1) * size)
         if rows > 0:
             edge = lax.slice_in_dim(x, *((size - rows, size) if side < 0 else (0, rows)), axis=at)
-            pairs = [(p, p - side * hop) for p in range(parts) if 0 <= p - side * hop < parts]
-            pieces.append(lax.ppermute(edge, dimension.axes, pairs))
-    beyond = count - (parts - 1) * size  # of the array, whichever device this is
+            pieces.append(dimension.permute(edge, -side * hop))
+    beyond = count - others * size  # of the array, whichever device this is
     if beyond > 0:
         pieces.append(jnp.zeros((*x.shape[:at], beyond, *x.shape[at + 1 :]), x.dtype))
     return pieces

@@ -145,8 +145,8 @@ def _run_shard(operator: Operator, run: Callable, params: dict, division: Divisi
         if axes:
             source, target = (y[i], x[i]) if transposed else (x[i], y[i])
             reach = window.dilation[i] * (kernel[i] - 1) + 1
-            low, parts = window.padding[i][0], _count(axes, axis_sizes)
-            divided[i] = Dimension(axes, parts, source, target, window.strides[i], reach, low, transposed)
+            low = window.padding[i][0]
+            divided[i] = Dimension(axes, axis_sizes, source, target, window.strides[i], reach, low, transposed)
     aligned = [i for i, role in enumerate(operator.roles[1:-1], 1) if role in ("y", "residual")]
     on_shard = functools.partial(halos.on_blocks, run, divided=divided, aligned=aligned)
     if not (operator.sums_over_batch and division.summed):
