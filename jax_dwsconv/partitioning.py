@@ -242,10 +242,11 @@ def _sharding_rule(operator: Operator, params, mesh, operand_types, result_types
     channels, outputs = shapes["x"][window.channel_axis], shapes["y"][window.channel_axis]
     undivided = {"i", "j", "m"}
     sizes = {}
-    # Rows of x and of y go together, whatever their numbers.
+    # Rows of x and of y go together, whatever their numbers, where they are enough for some axis.
     x_factors, y_factors = ["h", "w"], ["h", "w"]
+    fewest = min((size for size in mesh.shape.values() if size > 1), default=1)
     for i, (x, y) in enumerate(zip(window.spatial(shapes["x"]), window.spatial(shapes["y"]), strict=True)):
-        if 0 in (x, y):
+        if min(x, y) < fewest:
             y_factors[i] = "yz"[i]
             undivided |= {x_factors[i], y_factors[i]}
     if groups == 1:
