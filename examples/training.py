@@ -101,7 +101,7 @@ def _metrics(logits: jax.Array, labels: jax.Array) -> Metrics:
 
 
 class Divided(NamedTuple):
-    """Data parallelism over all devices: images are divided among them, the state is on each."""
+    """Data parallelism over all devices of all processes: images are divided among them, the state is on each."""
 
     images: NamedSharding
     state: NamedSharding
@@ -111,6 +111,15 @@ class Divided(NamedTuple):
         """On a mesh of one axis."""
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         return cls(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
+
+    def rows(self, batch: int) -> slice:
+        """Which images of a batch the devices of this process have."""
+        indices = [index.indices(batch) for (index,) in self.images.addressable_devices_indices_map((batch,)).values()]
+        return slice(min(start for start, *_ in indices), max(stop for _, stop, _ in indices))
+
+    def place(self, rows: np.ndarray, batch: int) -> jax.Array:
+        """A batch on the devices, made of the rows of every process."""
+        return jax.make_array_from_process_local_data(self.images, rows, (batch, *rows.shape[1:]))
 
     def jit(self, step: Callable, **options: Any) -> Callable:
         """Compiles a function of state, images and labels. XLA sees to the sums over all devices.

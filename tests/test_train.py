@@ -15,24 +15,14 @@ import pytest
 for package in ("flax", "matplotlib", "optax", "orbax.checkpoint", "rich", "skimage"):
     pytest.importorskip(package)
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+import tiny_training
+from tiny_training import EXAMPLES, arguments
 
 import crops
 import jax
-import models
 import train
 import training
-from flax import nnx
-from models import blocks
 from PIL import Image
-
-STAGES = (blocks.Stage(1, 16, 1, 2, 3), blocks.Stage(2, 16, 1, 1, 5))
-
-
-def tiny(**options):
-    return blocks.InvertedResidualNet(STAGES, head_channels=64, activation=nnx.relu6, **options)
-
 
 on_a_gpu_open = pytest.mark.xfail(
     jax.default_backend() == "gpu",
@@ -43,12 +33,7 @@ on_a_gpu_open = pytest.mark.xfail(
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "mobilenet_v2", tiny)
-    monkeypatch.setattr(train, "HELD_OUT_CROPS", 64)
-
-
-def arguments(output, *more):
-    return ["--task", "textures", "--size", "32", "--batch", "16", "--output", str(output), *map(str, more)]
+    tiny_training.patch(monkeypatch.setitem, monkeypatch.setattr)
 
 
 def table(output):
@@ -65,8 +50,7 @@ def finished(tmp_path_factory):
     """A run of 8 steps with checkpoints after 4 and 8."""
     output = tmp_path_factory.mktemp("train") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "mobilenet_v2", tiny)
-        patch.setattr(train, "HELD_OUT_CROPS", 64)
+        tiny_training.patch(patch.setitem, patch.setattr)
         assert train.main(arguments(output, "--steps", 8, "--every", 4)) == 0
     return output
 

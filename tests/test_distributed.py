@@ -1,0 +1,117 @@
+"""Training over two processes of this machine, which meet on the loopback interface."""
+
+import contextlib
+import csv
+import shutil
+import socket
+import subprocess
+import time
+
+import pytest
+
+for package in ("flax", "matplotlib", "optax", "orbax.checkpoint", "rich", "skimage"):
+    pytest.importorskip(package)
+
+import tiny_training
+import train
+
+TIMEOUT = 10  # seconds without a sign of life
+STEPS = ("--steps", 8, "--every", 4)
+
+
+@contextlib.contextmanager
+def running(output, *more):
+    """Two processes, which are killed in the end if they still run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--timeout", TIMEOUT, *more)
+    processes = [tiny_training.start(output, *options, "--process", number) for number in range(2)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Exit code and standard error."""
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+def table(output):
+    with (output / train.TABLE).open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one") / "run"
+    assert finish(tiny_training.start(output, *STEPS, devices=2))[0] == 0
+    return table(output)
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(tmp_path_factory):
+    output = tmp_path_factory.mktemp("two") / "run"
+    with running(output, *STEPS) as processes:
+        assert [finish(process)[0] for process in processes] == [0, 0]
+    return output
+
+
+def test_the_same_losses_as_one_process(by_one_process, by_two_processes):
+    assert len(by_one_process) == 8
+    assert table(by_two_processes) == by_one_process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_is_exact(processes, by_one_process, by_two_processes, tmp_path):
+    """By two processes, and by one with as many devices."""
+    output = shutil.copytree(by_two_processes, tmp_path / "run")
+    shutil.rmtree(output / train.CHECKPOINTS / "8")
+    if processes == 1:
+        assert finish(tiny_training.start(output, *STEPS, "--resume", devices=2))[0] == 0
+    else:
+        with running(output, *STEPS, "--resume") as both:
+            assert [finish(process)[0] for process in both] == [0, 0]
+    assert table(output) == by_one_process
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_no_process_outlives_another(dies, tmp_path):
+    with running(tmp_path / "run", "--steps", 10_000, "--every", 4) as processes:
+        while not (tmp_path / "run" / train.CHECKPOINTS / "4").exists():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[dies].kill()
+        start = time.monotonic()
+        code, errors = finish(processes[1 - dies], 3 * TIMEOUT)
+        assert time.monotonic() - start < 2 * TIMEOUT
+    assert code != 0
+    assert "train.py: another process ended; --resume" in errors or "another task died" in errors
+
+
+def test_a_process_that_never_comes(tmp_path):
+    alone = ("--distributed", "--coordinator", "127.0.0.1:1", "--processes", 2, "--process", 1, "--timeout", 2)
+    code, errors = finish(tiny_training.start(tmp_path / "run", *alone))
+    assert code != 0
+    assert "127.0.0.1:1" in errors or "--distributed" in errors
+
+
+def test_all_refuse_a_folder_in_use(by_two_processes):
+    with running(by_two_processes, *STEPS) as processes:
+        results = [finish(process) for process in processes]
+    assert [code for code, _ in results] == [2, 2]
+    assert "is not empty" in results[0][1] and "process 0 refuses" in results[1][1]
+
+
+@pytest.mark.parametrize(
+    "bad", [["--coordinator", "127.0.0.1:1"], ["--distributed", "--processes", "2"], ["--process", "0"]]
+)
+def test_half_an_address_is_refused(bad, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(tiny_training.arguments(tmp_path / "run", *bad))
+    assert stopped.value.code == 2
+    assert "go together" in capsys.readouterr().err
