@@ -413,12 +413,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = 1, "out of memory: try a smaller --batch or --size"
         elif options.distributed:
             reason = f"{error}".partition("\n")[0]
-            print(
-                f"train.py: another process ended; --resume goes on after the latest checkpoint ({reason})",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
-            os._exit(1)  # jax would wait for it
+            message = f"another process ended, it seems; --resume goes on after the latest checkpoint ({reason})"
+            print(f"train.py: {message}", file=sys.stderr, flush=True)
+            os._exit(1)  # jax would wait for the other one
         else:
             raise
     print(f"train.py: {message}", file=sys.stderr)

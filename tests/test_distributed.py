@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (nothing is imported where a package is missing)
 """Training over two processes of this machine, which meet on the loopback interface."""
 
 import contextlib
@@ -12,7 +13,8 @@ import pytest
 for package in ("flax", "matplotlib", "optax", "orbax.checkpoint", "rich", "skimage"):
     pytest.importorskip(package)
 
-import tiny_training
+import tiny_training  # isort: skip  (puts the examples on the path)
+
 import train
 
 TIMEOUT = 10  # seconds without a sign of life
@@ -66,7 +68,7 @@ def test_the_same_losses_as_one_process(by_one_process, by_two_processes):
     assert table(by_two_processes) == by_one_process
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resuming_is_exact(processes, by_one_process, by_two_processes, tmp_path):
     """By two processes, and by one with as many devices."""
     output = shutil.copytree(by_two_processes, tmp_path / "run")
@@ -79,7 +81,7 @@ def test_resuming_is_exact(processes, by_one_process, by_two_processes, tmp_path
     assert table(output) == by_one_process
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_no_process_outlives_another(dies, tmp_path):
     with running(tmp_path / "run", "--steps", 10_000, "--every", 4) as processes:
         while not (tmp_path / "run" / train.CHECKPOINTS / "4").exists():
@@ -90,14 +92,14 @@ def test_no_process_outlives_another(dies, tmp_path):
         code, errors = finish(processes[1 - dies], 3 * TIMEOUT)
         assert time.monotonic() - start < 2 * TIMEOUT
     assert code != 0
-    assert "train.py: another process ended; --resume" in errors or "another task died" in errors
+    assert "train.py: another process ended, it seems; --resume" in errors or "another task died" in errors
 
 
 def test_a_process_that_never_comes(tmp_path):
     alone = ("--distributed", "--coordinator", "127.0.0.1:1", "--processes", 2, "--process", 1, "--timeout", 2)
     code, errors = finish(tiny_training.start(tmp_path / "run", *alone))
     assert code != 0
-    assert "127.0.0.1:1" in errors or "--distributed" in errors
+    assert "distributed" in errors
 
 
 def test_all_refuse_a_folder_in_use(by_two_processes):

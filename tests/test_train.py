@@ -15,14 +15,14 @@ import pytest
 for package in ("flax", "matplotlib", "optax", "orbax.checkpoint", "rich", "skimage"):
     pytest.importorskip(package)
 
-import tiny_training
-from tiny_training import EXAMPLES, arguments
+import tiny_training  # isort: skip  (puts the examples on the path)
 
 import crops
 import jax
 import train
 import training
 from PIL import Image
+from tiny_training import EXAMPLES, arguments
 
 on_a_gpu_open = pytest.mark.xfail(
     jax.default_backend() == "gpu",

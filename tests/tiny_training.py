@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (the examples are no package: their folder goes on the path first)
 """`examples/train.py` with a model that compiles in seconds; as a command, in a process of its own."""
 
 import os
