@@ -44,7 +44,7 @@ def create_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> 
 
 
 def train_step(
-    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int = 0
+    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int = 0, axis: str | None = None
 ) -> Callable[[State, jax.Array, jax.Array], tuple[State, Metrics]]:
     """A function of the state, images (N, H, W, 3) uint8 and labels (N,), to be jitted. It drops out by seed and step.
 
@@ -52,12 +52,15 @@ def train_step(
         model: gives the structure; its values are not used.
         optimizer: of the parameters.
         seed: of the dropout.
+        axis: None, or that of a `shard_map` over the images: BatchNorm then takes the statistics of each device's own.
     """
     model.train()
     graphdef, *_ = _split(model)
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
         def loss(parameters: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
             model = nnx.merge(graphdef, parameters, state.statistics, copy=True)
@@ -66,6 +69,8 @@ def train_step(
             return metrics.loss, (metrics, statistics)
 
         gradients, (metrics, statistics) = jax.grad(loss, has_aux=True)(state.parameters)
+        if axis is not None:
+            gradients, metrics, statistics = jax.lax.pmean((gradients, metrics, statistics), axis)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         return State(state.step + 1, parameters, statistics, optimizer_state), metrics
