@@ -170,17 +170,18 @@ def run(options: argparse.Namespace) -> None:
     """Checks, measures and prints a table."""
     print(f"{options.devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}\n", flush=True)
     rows = []
-    kinds = [(1, False), (options.devices, False), (options.devices, True)]
-    with ThreadPoolExecutor() as pool:
-        steps = {name: [pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models}
-        steps = {name: [future.result() for future in futures] for name, futures in steps.items()}
     for function in (forward, gradients):
         contestants = [image_pass(function, devices, options) for devices in (1, options.devices)]
         check_images(contestants, options)
         one, several = measure(contestants, options.seconds)
         rows.append((contestants[0].name, f"{1e3 * one:.3f} ms", f"{1e3 * several:.3f} ms", one / several))
-    for contestants in steps.values():
-        one, *several = measure(check_losses(contestants), options.seconds)
+    kinds = [(1, False), (options.devices, False), (options.devices, True)]
+    with ThreadPoolExecutor() as pool:  # to compile at the same time
+        steps = [[pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models]
+    for futures in steps:
+        contestants = [future.result() for future in futures]
+        contestants = check_losses(contestants)
+        one, *several = measure(contestants, options.seconds)
         for contestant, each in zip(contestants[1:], several, strict=True):
             rates = options.batch / one, options.batch * contestant.devices / each
             rows.append((contestant.name, *(f"{rate:,.0f} images/s" for rate in rates), rates[1] / rates[0]))
