@@ -132,7 +132,7 @@ def training_step(name: str, devices: int, own_statistics: bool, options: argpar
 
 def check_losses(contestants: list[Contestant]) -> list[Contestant]:
     """The contestants after one step. Raises SystemExit where the losses differ."""
-    results = [contestant.call(*contestant.operands) for contestant in contestants]
+    results = [jax.block_until_ready(contestant.call(*contestant.operands)) for contestant in contestants]
     losses = [float(metrics.loss) for _, metrics in results]
     print(f"{contestants[0].name}: losses {', '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
     if not all(abs(loss - losses[0]) <= LOSS_TOLERANCE * abs(losses[0]) for loss in losses):
