@@ -132,6 +132,8 @@ def exchange_halos(
       ValueError: the whole result cannot be divided evenly, or an argument does not fit.
     """
     rank = len(axis_names)
+    if isinstance(axis_names, str) or rank not in (1, 2):
+        raise ValueError(f"axis_names must be a sequence with an entry for each of 1 or 2 axes, got {axis_names!r}")
     data_format = _arguments.data_format(data_format, rank)
     kernel_size = _arguments.per_axis("kernel_size", kernel_size, rank)
     strides = _arguments.per_axis("strides", strides, rank)
@@ -145,6 +147,8 @@ def exchange_halos(
     whole = [x.shape[axis] * n for axis, n in zip(at, parts, strict=True)]
     pairs = list(_arguments.padding_pairs(padding, whole, kernel_size, strides, dilation))
     for i, axes in enumerate(names):
+        if not axes:
+            continue
         reach = dilation[i] * (kernel_size[i] - 1) + 1
         size = max(0, (whole[i] + sum(pairs[i]) - reach) // strides[i] + 1)
         if size % parts[i] or size == 0:
@@ -152,10 +156,9 @@ def exchange_halos(
                 f"spatial axis {i} of size {whole[i]}, in {parts[i]} parts, has a result of size {size}, which cannot "
                 "be divided evenly; use another padding, such as 'SAME'"
             )
-        if axes:
-            dimension = Dimension(axes, mesh, whole[i], size, strides[i], reach, pairs[i][0], transposed=False)
-            x, *_ = _with_halo(x, at[i] % x.ndim, dimension)
-            pairs[i] = (0, 0)
+        dimension = Dimension(axes, mesh, whole[i], size, strides[i], reach, pairs[i][0], transposed=False)
+        x, *_ = _with_halo(x, at[i] % x.ndim, dimension)
+        pairs[i] = (0, 0)
     return x, tuple(pairs)
 
 
@@ -229,7 +232,8 @@ def _with_halo(source, at: int, dimension: Dimension):
     Returns:
       The copy; what rows of the source and of the target to take it for; and for every device where in the result its
       own targets begin. That is not 0 only for grad_input, if blocks are no multiple of the stride: then the padding
-      would not be the same on every device, and up to a stride more rows are computed.
+      would not be the same on every device, and up to a stride more rows are computed. Without that the rows of the
+      target are counted from the start of the block.
     """
     size, count = dimension.blocks
     blocks = [(p * count, (p + 1) * count) for p in range(dimension.parts)]

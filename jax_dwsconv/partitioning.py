@@ -42,7 +42,7 @@ class Operator(NamedTuple):
 
     @property
     def sums_over_batch(self) -> bool:
-        """Whether shards of the batch give partial sums."""
+        """Whether shards of the batch, the height and the width give partial sums."""
         return self.roles[-1] == "kernel"
 
 

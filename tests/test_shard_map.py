@@ -209,6 +209,8 @@ def test_halos_of_a_length():
         ),
         (("c", None), {}, r"'c' is no axis of the mesh .*\('a', 'b'\)"),
         (("a", None), {"strides": (1, 1, 1)}, "strides must be an int or 2 ints"),
+        ("ab", {}, "axis_names must be a sequence"),
+        (("a", None, None), {}, "axis_names must be a sequence"),
     ],
 )
 def test_halos_refused(names, options, message):
