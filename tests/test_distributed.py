@@ -48,37 +48,35 @@ def table(output):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module")
-def by_one_process(tmp_path_factory):
-    output = tmp_path_factory.mktemp("one") / "run"
-    assert finish(tiny_training.start(output, *STEPS, devices=2))[0] == 0
-    return table(output)
+def test_two_processes_train_as_one(tmp_path):
+    """The same losses to the last digit; a checkpoint that both resume exactly; a folder that both refuse."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = tiny_training.start(one, *STEPS, devices=2)
+    with running(two, *STEPS) as processes:
+        assert [finish(process)[0] for process in (alone, *processes)] == [0, 0, 0]
+    assert len(table(one)) == 8
+    assert table(two) == table(one)
 
+    with running(two, *STEPS) as processes:
+        (first, first_line), (second, second_line) = map(finish, processes)
+    assert (first, second) == (2, 2)
+    assert "is not empty" in first_line and "process 0 refuses" in second_line
 
-@pytest.fixture(scope="module")
-def by_two_processes(tmp_path_factory):
-    output = tmp_path_factory.mktemp("two") / "run"
-    with running(output, *STEPS) as processes:
+    shutil.rmtree(two / train.CHECKPOINTS / "8")
+    (two / train.TABLE).unlink()
+    with running(two, *STEPS, "--resume") as processes:
         assert [finish(process)[0] for process in processes] == [0, 0]
-    return output
+    assert table(two) == table(one)
 
 
-def test_the_same_losses_as_one_process(by_one_process, by_two_processes):
-    assert len(by_one_process) == 8
-    assert table(by_two_processes) == by_one_process
-
-
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_resuming_is_exact(processes, by_one_process, by_two_processes, tmp_path):
-    """By two processes, and by one with as many devices."""
-    output = shutil.copytree(by_two_processes, tmp_path / "run")
-    shutil.rmtree(output / train.CHECKPOINTS / "8")
-    if processes == 1:
-        assert finish(tiny_training.start(output, *STEPS, "--resume", devices=2))[0] == 0
-    else:
-        with running(output, *STEPS, "--resume") as both:
-            assert [finish(process)[0] for process in both] == [0, 0]
-    assert table(output) == by_one_process
+@pytest.mark.slow
+def test_one_process_resumes_what_two_began(tmp_path):
+    with running(tmp_path / "run", *STEPS) as processes:
+        assert [finish(process)[0] for process in processes] == [0, 0]
+    expected = table(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / train.CHECKPOINTS / "8")
+    assert finish(tiny_training.start(tmp_path / "run", *STEPS, "--resume", devices=2))[0] == 0
+    assert table(tmp_path / "run") == expected
 
 
 @pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -100,13 +98,6 @@ def test_a_process_that_never_comes(tmp_path):
     code, errors = finish(tiny_training.start(tmp_path / "run", *alone))
     assert code != 0
     assert "distributed" in errors
-
-
-def test_all_refuse_a_folder_in_use(by_two_processes):
-    with running(by_two_processes, *STEPS) as processes:
-        results = [finish(process) for process in processes]
-    assert [code for code, _ in results] == [2, 2]
-    assert "is not empty" in results[0][1] and "process 0 refuses" in results[1][1]
 
 
 @pytest.mark.parametrize(
