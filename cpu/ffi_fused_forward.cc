@@ -10,7 +10,7 @@ static ffi::Error FusedForwardImpl(ffi::ThreadPool pool, ffi::Dictionary attrs, 
                                    ffi::Result<ffi::AnyBuffer> y) {
   const auto problem = DecodeProblem("fused_forward", attrs, x, filter, *y, /*further_attributes=*/1);
   if (!problem) return problem.error();
-  const auto epilogue = DecodeEpilogue(*problem, attrs, scale, bias, residual, *y);
+  const auto epilogue = DecodeEpilogue("fused_forward", problem->out_channels(), attrs, scale, bias, residual, *y);
   if (!epilogue) return epilogue.error();
   if (y->element_count() == 0) return ffi::Error::Success();
   PoolParallel parallel(pool);

@@ -16,6 +16,8 @@ struct Kernels {
   bool (*fused_forward)(const Problem&, const Epilogue&, const void* x, const void* filter, void* y, Parallel&);
   bool (*grad_input)(const Problem&, const void* y_cotangent, const void* filter, void* x_cotangent, Parallel&);
   bool (*grad_filter)(const Problem&, const void* x, const void* y_cotangent, void* filter_cotangent, Parallel&);
+  bool (*quantized_forward)(const Problem&, const Requantization&, const void* x, const void* filter, void* y,
+                            Parallel&);
 };
 
 // The fastest set that this processor can run.

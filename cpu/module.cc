@@ -17,6 +17,7 @@ NB_MODULE(_cpu, m) {
         handlers["fused_forward"] = capsule(dwsconv::cpu::FusedForward);
         handlers["grad_input"] = capsule(dwsconv::cpu::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cpu::GradFilter);
+        handlers["quantized_forward"] = capsule(dwsconv::cpu::QuantizedForward);
         handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);
         return handlers;
       },

@@ -11,7 +11,7 @@ static ffi::Error FusedForwardImpl(cudaStream_t stream, int32_t ordinal, ffi::Di
                                    ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y) {
   auto problem = DecodeProblem("fused_forward", attrs, x, filter, *y, /*further_attributes=*/1);
   if (!problem) return problem.error();
-  const auto epilogue = DecodeEpilogue(*problem, attrs, scale, bias, residual, *y);
+  const auto epilogue = DecodeEpilogue("fused_forward", problem->out_channels(), attrs, scale, bias, residual, *y);
   if (!epilogue) return epilogue.error();
   if (y->element_count() == 0) return ffi::Error::Success();
   problem->has_residual = epilogue->residual != nullptr;

@@ -20,16 +20,6 @@ std::string Show(Dims dims) {
   return text + ")";
 }
 
-std::optional<Dtype> DtypeOf(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32: return Dtype::kF32;
-    case ffi::F64: return Dtype::kF64;
-    case ffi::BF16: return Dtype::kBF16;
-    case ffi::F16: return Dtype::kF16;
-    default: return std::nullopt;
-  }
-}
-
 ffi::Unexpected<ffi::Error> Invalid(std::string_view op, const std::string& what) {
   return ffi::Unexpected<ffi::Error>(ffi::Error::InvalidArgument("jax_dwsconv." + std::string(op) + ": " + what));
 }
@@ -69,6 +59,18 @@ Strides ActivationStrides(const Dims& dims, bool channels_last) {
 
 }  // namespace
 
+std::optional<Dtype> DtypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return Dtype::kF32;
+    case ffi::F64: return Dtype::kF64;
+    case ffi::BF16: return Dtype::kBF16;
+    case ffi::F16: return Dtype::kF16;
+    case ffi::S8: return Dtype::kI8;
+    case ffi::S32: return Dtype::kI32;
+    default: return std::nullopt;
+  }
+}
+
 std::string_view ForcedTile(const ffi::Dictionary& attrs) {
   const auto tile = attrs.get<std::string_view>("tile");
   return tile ? *tile : std::string_view();
@@ -76,7 +78,7 @@ std::string_view ForcedTile(const ffi::Dictionary& attrs) {
 
 ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& attrs, const ffi::AnyBuffer& x,
                                     const ffi::AnyBuffer& filter, const ffi::AnyBuffer& y,
-                                    std::size_t further_attributes) {
+                                    std::size_t further_attributes, bool integers) {
   const auto strides = attrs.get<Dims>("strides");
   const auto padding = attrs.get<Dims>("padding");
   const auto dilation = attrs.get<Dims>("dilation");
@@ -102,7 +104,15 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
     return Invalid(op, "all operands must have rank 4: " + shapes);
   const auto x_dtype = DtypeOf(x.element_type()), filter_dtype = DtypeOf(filter.element_type()),
              y_dtype = DtypeOf(y.element_type());
-  if (!x_dtype || !filter_dtype || !y_dtype) return Invalid(op, "dtypes must be float32, float64, bfloat16 or float16");
+  const auto is_integer = [](Dtype dtype) { return dtype == Dtype::kI8 || dtype == Dtype::kI32; };
+  if (integers) {
+    if (x_dtype != Dtype::kI8 || filter_dtype != Dtype::kI8 || !y_dtype || !is_integer(*y_dtype)) {
+      return Invalid(op, "input and filter must be int8, the output int8 or int32");
+    }
+  } else if (!x_dtype || !filter_dtype || !y_dtype || is_integer(*x_dtype) || is_integer(*filter_dtype) ||
+             is_integer(*y_dtype)) {
+    return Invalid(op, "dtypes must be float32, float64, bfloat16 or float16");
+  }
 
   const int h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
   Problem p{};
@@ -142,33 +152,62 @@ ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const ffi::Dictionary& 
   return p;
 }
 
-ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const ffi::Dictionary& attrs, const ffi::AnyBuffer& scale,
-                                      const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual,
-                                      const ffi::AnyBuffer& y) {
-  constexpr std::string_view kOp = "fused_forward";
+ffi::ErrorOr<Epilogue> DecodeEpilogue(std::string_view op, int64_t channels, const ffi::Dictionary& attrs,
+                                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& bias,
+                                      const ffi::AnyBuffer& residual, const ffi::AnyBuffer& y) {
   const auto name = attrs.get<std::string_view>("activation");
   const auto activation = name ? ActivationOf(*name) : std::nullopt;
   if (!activation) {
-    return Invalid(kOp, "activation must be one of none, relu, relu6, silu, gelu, hard_swish; " + NewerVersion(attrs));
+    return Invalid(op, "activation must be one of none, relu, relu6, silu, gelu, hard_swish; " + NewerVersion(attrs));
   }
   const auto accumulator = y.element_type() == ffi::F64 ? ffi::F64 : ffi::F32;
   for (const auto* vector : {&scale, &bias}) {
     const Dims dims = vector->dimensions();
-    if (dims.size() != 1 || (dims[0] != 0 && dims[0] != p.out_channels()) || vector->element_type() != accumulator) {
-      return Invalid(kOp, "scale and bias must be float32, or float64 where the output is, of shape (0,) or (" +
-                              std::to_string(p.out_channels()) + ",); got " + Show(dims));
+    if (dims.size() != 1 || (dims[0] != 0 && dims[0] != channels) || vector->element_type() != accumulator) {
+      return Invalid(op, "scale and bias must be float32, or float64 where the output is, of shape (0,) or (" +
+                             std::to_string(channels) + ",); got " + Show(dims));
     }
   }
   const Dims rd = residual.dimensions(), yd = y.dimensions();
   const bool like_y = std::equal(rd.begin(), rd.end(), yd.begin(), yd.end());
   if (!(like_y || (rd.size() == 1 && rd[0] == 0)) || residual.element_type() != y.element_type()) {
-    return Invalid(kOp,
+    return Invalid(op,
                    "residual must have the output's dtype and its shape " + Show(yd) + ", or (0,); got " + Show(rd));
   }
   const auto data = [](const ffi::AnyBuffer& buffer) {
     return buffer.element_count() == 0 ? nullptr : buffer.untyped_data();
   };
   return Epilogue{data(scale), data(bias), data(residual), *activation};
+}
+
+ffi::ErrorOr<Requantization> DecodeRequantization(const Problem& p, const ffi::Dictionary& attrs,
+                                                  const ffi::AnyBuffer& scale, const ffi::AnyBuffer& bias) {
+  constexpr std::string_view kOp = "quantized_forward";
+  constexpr int64_t kMostTaps = 1 << 15;  // for which no sum overflows
+  const auto numbers = attrs.get<Dims>("quantization");
+  if (!numbers || numbers->size() != 4 || !AllWithin(*numbers, -128, 127)) {
+    return Invalid(kOp, "quantization must be four integers from -128 to 127; " + NewerVersion(attrs));
+  }
+  if (p.kernel_h * p.kernel_w > kMostTaps) return Invalid(kOp, "the filter has too many taps");
+  const auto fits = [&](const ffi::AnyBuffer& vector, ffi::DataType type, bool required, bool allowed) {
+    const Dims dims = vector.dimensions();
+    if (dims.size() != 1 || vector.element_type() != type) return false;
+    return (allowed && dims[0] == p.out_channels()) || (!required && dims[0] == 0);
+  };
+  const bool requantizes = p.y_dtype == Dtype::kI8;
+  if (!fits(scale, ffi::F32, requantizes, requantizes) || !fits(bias, ffi::S32, false, true)) {
+    return Invalid(kOp, "scale (float32, for an int8 output) and bias (int32) must have shape (0,) or (" +
+                            std::to_string(p.out_channels()) + ",); got " + Show(scale.dimensions()) + " and " +
+                            Show(bias.dimensions()));
+  }
+  Requantization r;
+  if (requantizes) r.scale = static_cast<const float*>(scale.untyped_data());
+  if (bias.element_count() != 0) r.bias = static_cast<const int32_t*>(bias.untyped_data());
+  r.x_zero_point = static_cast<int32_t>((*numbers)[0]);
+  r.out_zero_point = static_cast<int32_t>((*numbers)[1]);
+  r.low = static_cast<int32_t>((*numbers)[2]);
+  r.high = static_cast<int32_t>((*numbers)[3]);
+  return r;
 }
 
 static ffi::Error NeedsNewerVersionImpl(ffi::Dictionary attrs, ffi::RemainingArgs, ffi::RemainingRets) {

@@ -3,6 +3,8 @@
 #define JAX_DWSCONV_CUDA_FFI_PROBLEM_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "cuda/problem.h"
@@ -16,17 +18,28 @@ namespace dwsconv {
 //   layout "NHWC" or "NCHW", filter_layout "HWO" or "OHW",
 //   since: the version of the package that introduced this list of attributes and operands.
 // One may be there besides: see ForcedTile. `further_attributes` is how many more the operator itself requires.
+// With `integers` the dtypes are int8, of y perhaps int32; else floating.
 // `op` names the operator in error messages. Every size that a kernel reads is checked here.
 xla::ffi::ErrorOr<Problem> DecodeProblem(std::string_view op, const xla::ffi::Dictionary& attrs,
                                          const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& filter,
-                                         const xla::ffi::AnyBuffer& y, std::size_t further_attributes = 0);
+                                         const xla::ffi::AnyBuffer& y, std::size_t further_attributes = 0,
+                                         bool integers = false);
 
-// The epilogue of fused_forward for a problem whose result is y. scale, bias: (C * multiplier) of float32, of float64
-// where y is; residual: like y. An operand of shape (0,) is not there. One further attribute: `activation`, "none",
+// The epilogue of an operator whose result is y, with `channels` channels. scale, bias: (channels) of float32, of
+// float64 where y is; residual: like y. An operand of shape (0,) is not there. One attribute: `activation`, "none",
 // "relu", "relu6", "silu", "gelu" or "hard_swish".
-xla::ffi::ErrorOr<Epilogue> DecodeEpilogue(const Problem& p, const xla::ffi::Dictionary& attrs,
+xla::ffi::ErrorOr<Epilogue> DecodeEpilogue(std::string_view op, int64_t channels, const xla::ffi::Dictionary& attrs,
                                            const xla::ffi::AnyBuffer& scale, const xla::ffi::AnyBuffer& bias,
                                            const xla::ffi::AnyBuffer& residual, const xla::ffi::AnyBuffer& y);
+
+// What follows the sums of quantized_forward. scale: (C * multiplier) of float32 where y is int8, (0,) where it is
+// int32; bias: (C * multiplier) of int32, or (0,). One further attribute: `quantization` int64[4], the zero points of x
+// and y and the limits of y.
+xla::ffi::ErrorOr<Requantization> DecodeRequantization(const Problem& p, const xla::ffi::Dictionary& attrs,
+                                                       const xla::ffi::AnyBuffer& scale,
+                                                       const xla::ffi::AnyBuffer& bias);
+
+std::optional<Dtype> DtypeOf(xla::ffi::DataType type);
 
 // The attribute `tile`, for experiments: the text of the plan to be used where it is possible (cuda/plan.h). Empty
 // where there is none; the CPU handlers ignore it.

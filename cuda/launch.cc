@@ -111,6 +111,12 @@ ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key) {
   });
 }
 
+ffi::ErrorOr<QuantizedPlan> FindQuantizedPlan(const PlanKey& key) {
+  static Plans<QuantizedPlan>& plans = *new Plans<QuantizedPlan>;
+  return plans.Find(
+      key, [&](const Device& device) { return PlanQuantized(key.problem, device, key.alignment, key.forced); });
+}
+
 ffi::ErrorOr<Device> DescribeDevice(int ordinal) {
   Device device{};
   int major = 0, minor = 0;

@@ -10,6 +10,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
+#include "cuda/plan_quantized.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dwsconv::cuda {
@@ -24,6 +25,7 @@ struct PlanKey {
 };
 xla::ffi::ErrorOr<PassPlan> FindPassPlan(const PlanKey& key);
 xla::ffi::ErrorOr<GradFilterPlan> FindGradFilterPlan(const PlanKey& key);
+xla::ffi::ErrorOr<QuantizedPlan> FindQuantizedPlan(const PlanKey& key);
 
 // The facts that the planner needs about the device with this ordinal, which must be the current one.
 xla::ffi::ErrorOr<Device> DescribeDevice(int ordinal);

@@ -44,6 +44,8 @@ NB_MODULE(_cuda, m) {
         handlers["fused_forward"] = capsule(dwsconv::cuda::FusedForward);
         handlers["grad_input"] = capsule(dwsconv::cuda::GradInput);
         handlers["grad_filter"] = capsule(dwsconv::cuda::GradFilter);
+        handlers["pointwise"] = capsule(dwsconv::cuda::Pointwise);
+        handlers["quantized_forward"] = capsule(dwsconv::cuda::QuantizedForward);
         handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);
         return handlers;
       },

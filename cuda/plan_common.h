@@ -14,7 +14,17 @@
 
 namespace dwsconv {
 
-inline int64_t BytesOf(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
+inline int64_t BytesOf(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF64: return 8;
+    case Dtype::kF32:
+    case Dtype::kI32: return 4;
+    case Dtype::kBF16:
+    case Dtype::kF16: return 2;
+    case Dtype::kI8: return 1;
+  }
+  return 0;
+}
 
 // The numbers with an x between them.
 std::string Join(std::initializer_list<int> numbers);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/plan.h"
+#include "cuda/plan_quantized.h"
 
 namespace nb = nanobind;
 
@@ -33,7 +34,8 @@ Dtype DtypeNamed(const std::string& name) {
   if (name == "float32") return Dtype::kF32;
   if (name == "bfloat16") return Dtype::kBF16;
   if (name == "float16") return Dtype::kF16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, not " + name);
+  if (name == "int8") return Dtype::kI8;
+  throw std::invalid_argument("dtype must be float32, bfloat16, float16 or int8, not " + name);
 }
 
 Strides Packed(const Four& shape, bool channels_last) {  // (N, H, W, C)
@@ -86,14 +88,20 @@ Candidates Plan(const std::string& op, Four shape, Pair kernel, Pair strides, Fo
                      static_cast<int>(device[3])};
   if (p.x_elements() <= 0 || p.y_elements() <= 0) throw std::invalid_argument("input and output must not be empty");
   Candidates found;
-  if (op == "grad_filter") {
+  if ((p.x_dtype == Dtype::kI8) != (op == "quantized_forward")) {
+    throw std::invalid_argument("quantized_forward, and nothing else, is for int8");
+  }
+  if (op == "quantized_forward") {
+    found = Show(std::vector{PlanQuantized(p, facts, kAlignment, "")});
+    for (auto& candidate : Show(QuantizedCandidates(p, facts, kAlignment))) found.push_back(candidate);
+  } else if (op == "grad_filter") {
     found = Show(std::vector{PlanGradFilter(p, facts, kAlignment, max_splits, "")});
     for (auto& candidate : Show(GradFilterCandidates(p, facts, kAlignment, max_splits))) found.push_back(candidate);
   } else if (op == "forward" || op == "grad_input") {
     found = Show(std::vector{PlanPass(p, op == "forward", facts, kAlignment, "")});
     for (auto& candidate : Show(PassCandidates(p, op == "forward", facts, kAlignment))) found.push_back(candidate);
   } else {
-    throw std::invalid_argument("operator must be forward, grad_input or grad_filter, not " + op);
+    throw std::invalid_argument("operator must be forward, grad_input, grad_filter or quantized_forward, not " + op);
   }
   return found;
 }

@@ -13,7 +13,7 @@
 
 namespace dwsconv {
 
-enum class Dtype : uint8_t { kF32, kF64, kBF16, kF16 };
+enum class Dtype : uint8_t { kF32, kF64, kBF16, kF16, kI8, kI32 };
 
 // Distance, in elements, between neighbours along each axis.
 struct Strides {
@@ -66,6 +66,16 @@ struct Epilogue {
   Activation activation = Activation::kNone;  // kGelu is the tanh form
 
   bool empty() const { return !scale && !bias && !residual && activation == Activation::kNone; }
+};
+
+// What follows the int32 sums of x times the filter in quantized_forward, where x reads as its zero point outside the
+// image: with s = sum - x_zero_point * sum of the filter + bias, y = s, or with a scale
+// y = clamp(round(float(s) * scale) + out_zero_point, low, high), ties to even. int32 arithmetic wraps around.
+struct Requantization {
+  const float* scale = nullptr;   // (out_channels), null: y is int32
+  const int32_t* bias = nullptr;  // (out_channels), null: not there
+  int32_t x_zero_point = 0, out_zero_point = 0;
+  int32_t low = -128, high = 127;
 };
 
 }  // namespace dwsconv

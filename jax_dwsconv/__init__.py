@@ -18,6 +18,7 @@ from jax_dwsconv.convolution import (
 )
 from jax_dwsconv.exporting import disabled_export_checks
 from jax_dwsconv.halos import exchange_halos
+from jax_dwsconv.pointwise import pointwise_conv2d
 from jax_dwsconv.separable import separable_conv2d
 
 __version__ = _versions.PACKAGE
@@ -31,5 +32,6 @@ __all__ = [
     "depthwise_conv_transpose2d",
     "disabled_export_checks",
     "exchange_halos",
+    "pointwise_conv2d",
     "separable_conv2d",
 ]

@@ -12,8 +12,8 @@ import jax
 from jax_dwsconv import _bench, _native, _planning, _versions
 
 _DTYPES = {
-    "cpu": "float32, float64, bfloat16, float16",
-    "cuda": "float32, bfloat16, float16 (float64 goes to jax.lax)",
+    "cpu": "float32, float64, bfloat16, float16, int8",
+    "cuda": "float32, bfloat16, float16, int8 (float64 goes to jax.lax)",
 }
 _ENVIRONMENT = ("JAX_DWSCONV_DISABLE", "JAX_DWSCONV_FALLBACK", "JAX_DWSCONV_TILE")
 
@@ -111,7 +111,7 @@ def plan(options: argparse.Namespace) -> int:
     print("tap_sums: vector x columns x strip rows x lanes x splits;")
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
     print("burst: vector x columns x rows; slide: vector x the axis along which it slides; lines has no choice;")
-    print("gather and pieces are the general kernels.")
+    print("quantized: columns x rows ahead x strip rows; gather and pieces are the general kernels.")
     estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
     if not estimated:
         print("No specialised kernel takes this problem.")
@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     planner.add_argument("--strides", type=_integers(2, repeat=True), default=(1, 1), metavar="H,W")
     planner.add_argument("--dilation", type=_integers(2, repeat=True), default=(1, 1), metavar="H,W")
     planner.add_argument("--padding", default="SAME", choices=("SAME", "VALID"))
-    planner.add_argument("--operator", default="forward", choices=_bench.OPERATORS)
-    planner.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    planner.add_argument("--operator", default="forward", choices=(*_bench.OPERATORS, "quantized_forward"))
+    planner.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "int8"))
     planner.add_argument("--layout", default="NHWC", choices=("NHWC", "NCHW"))
     planner.add_argument("--device", default="h100", choices=_planning.DEVICES)
     planner.add_argument("--candidates", type=_count, default=8, help="how many of the best to print")

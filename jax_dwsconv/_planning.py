@@ -68,7 +68,7 @@ def plan(
     """What the planner chooses for a problem on a device, and everything that it could choose.
 
     Args:
-      operator: "forward", "grad_input" or "grad_filter".
+      operator: "forward", "grad_input", "grad_filter", or with the dtype int8 "quantized_forward".
       shape: of x, (N, H, W, C) whatever the layout.
       kernel_size: of the filter.
       strides: of the window.

@@ -7,9 +7,10 @@ import operator
 import jax
 from jax import lax, numpy as jnp
 
-from jax_dwsconv import _arguments, _config, _epilogue, primitives
+from jax_dwsconv import _arguments, _config, _epilogue, primitives, quantized_primitive
 from jax_dwsconv._epilogue import Activation
 from jax_dwsconv._geometry import Window
+from jax_dwsconv.quantized_primitive import Quantization
 
 _LAYOUTS = {(0, 3, 1, 2): "NHWC", (0, 1, 2, 3): "NCHW", (0, 2, 1): "NWC", (0, 1, 2): "NCW"}
 
@@ -33,8 +34,10 @@ def conv_general_dilated(
     Takes this package's kernels where it is a depthwise convolution (`feature_group_count` equals the input channels,
     the kernel has one input feature) with one or two spatial dimensions, floating dtypes, and activations in NHWC,
     NCHW, NWC or NCW order. The kernel may have any order. `lhs_dilation` (a transposed convolution) is supported where
-    all strides are 1. Sums are kept in float32 at any `precision`. Everything else goes to lax: silently where it is
-    not depthwise, as JAX_DWSCONV_FALLBACK says where it is.
+    all strides are 1. Sums are kept in float32 at any `precision`. Also taken is int8 with
+    `preferred_element_type=jnp.int32` and without `lhs_dilation`, which lax refuses on GPUs; where there is no kernel
+    it is made of shifted products. Everything else goes to lax: silently where it is not depthwise, as
+    JAX_DWSCONV_FALLBACK says where it is.
 
     Args:
       lhs: input with batch, channel and spatial dimensions.
@@ -72,7 +75,9 @@ def conv_general_dilated(
         preferred_element_type,
         out_sharding,
     )
-    if _config.disabled() or not _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count):
+    if not _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count) or (
+        _config.disabled() and not _is_int8(lhs, rhs, preferred_element_type)
+    ):
         return in_lax()
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)  # as lax: NumPy's float64 becomes float32 without x64
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -96,6 +101,8 @@ def conv_general_dilated(
     size = tuple(lhs.shape[axis] for axis in numbers.lhs_spec[2:])
     kernel_size = rhs.shape[:-1] if filter_layout == "HWO" else rhs.shape[1:]
     pairs = _arguments.padding_pairs(padding, size, kernel_size, strides, dilation)
+    if _is_int8(lhs, rhs, preferred_element_type):
+        return _convolve_int8(lhs, rhs, strides, pairs, dilation, data_format, filter_layout)
     out_dtype = _arguments.result_dtype(preferred_element_type, lhs)
     convolve = _convolve if max(input_dilation) == 1 else _convolve_transposed
     strides = strides if max(input_dilation) == 1 else input_dilation
@@ -144,14 +151,23 @@ def _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_eleme
     if numbers.lhs_spec not in _LAYOUTS or numbers.out_spec != numbers.lhs_spec:
         return f"dimension numbers {numbers}; NHWC, NCHW, NWC and NCW are supported, the same for input and output"
     dtypes = [lhs.dtype, rhs.dtype, *([] if preferred_element_type is None else [preferred_element_type])]
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+    is_int8 = _is_int8(lhs, rhs, preferred_element_type)
+    if not is_int8 and not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         found = ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
-        return f"dtypes {found}; float32, bfloat16, float16 and float64 are supported"
+        return (
+            f"dtypes {found}; float32, bfloat16, float16 and float64 are supported, and int8 with "
+            "preferred_element_type=int32"
+        )
+    taps = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
+    if is_int8 and (max(input_dilation) > 1 or taps > quantized_primitive.MOST_TAPS):
+        return f"int8 with lhs_dilation, or with more than {quantized_primitive.MOST_TAPS} taps"
     if max(input_dilation) > 1 and max(strides) > 1:
         return f"lhs_dilation {input_dilation} together with strides {strides}; either is supported alone"
-    if out_sharding is not None:
-        return "out_sharding; use jax.sharding.reshard on the result"
-    return None
+    return None if out_sharding is None else "out_sharding; use jax.sharding.reshard on the result"
+
+
+def _is_int8(lhs, rhs, preferred_element_type) -> bool:
+    return lhs.dtype == rhs.dtype == jnp.int8 and preferred_element_type == jnp.int32
 
 
 def _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type) -> bool:
@@ -335,7 +351,7 @@ def depthwise(
     strides = _arguments.per_axis("strides", strides, rank)
     dilation = _arguments.per_axis("dilation", dilation, rank)
     out_dtype = _arguments.result_dtype(preferred_element_type, x, kernel)
-    _check_shapes(x, kernel, rank, data_format, f"{prefix}kernel")
+    check_shapes(x, kernel, rank, data_format, f"{prefix}kernel")
     channels = kernel.shape[-1]
     scale = _arguments.channel_vector(f"{prefix}scale", scale, channels)
     bias = _arguments.channel_vector(f"{prefix}bias", bias, channels)
@@ -359,7 +375,8 @@ def depthwise(
     return _epilogue.apply_unnamed(y.reshape(*batch, *y.shape[1:]), activation)
 
 
-def _check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:
+def check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:
+    """Checks the shapes of the arrays that the public functions take."""
     kernel_shape = "(kh, kw, 1, C * multiplier)" if rank == 2 else "(kw, 1, C * multiplier)"
     if x.ndim < rank + 1:
         raise ValueError(
@@ -402,9 +419,15 @@ def _transpose_padding(padding, kernel_size, strides, dilation):
 
 
 def _convolve(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
-    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     y = primitives.forward(x, kernel, window=window, out_dtype=out_dtype)
-    return _drop_height(y, data_format)
+    return drop_height(y, data_format)
+
+
+def _convolve_int8(x, kernel, strides, padding, dilation, data_format, filter_layout):
+    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    y = quantized_primitive.quantized_forward(x, kernel, None, None, window=window, quantization=Quantization())
+    return drop_height(y, data_format)
 
 
 def _convolve_fused(
@@ -423,7 +446,7 @@ def _convolve_fused(
     batch,
 ):
     """Scale and bias may be scalars. The residual has the batch dimensions `batch`, which in x are one."""
-    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     channels, accumulator = kernel.shape[window.filter_channel_axis], _epilogue.accumulator_dtype(out_dtype)
     scale, bias = (v if v is None else jnp.broadcast_to(v.astype(accumulator), (channels,)) for v in (scale, bias))
     if residual is not None:
@@ -434,12 +457,12 @@ def _convolve_fused(
     y = primitives.fused_forward(
         x, kernel, scale, bias, residual, window=window, activation=activation, out_dtype=out_dtype
     )
-    return _drop_height(y, data_format)
+    return drop_height(y, data_format)
 
 
 def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
     """The convolution with strides 1 over x dilated by `strides`: grad_input with the kernel flipped."""
-    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     kernel_size = window.kernel_size(kernel.shape)
     reach = [d * (k - 1) + 1 for d, k in zip(window.dilation, kernel_size, strict=True)]
     size = []
@@ -448,7 +471,7 @@ def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, fil
         size.append(max(dilated + low + high - r + 1, 0))
     channels, outputs = x.shape[window.channel_axis], kernel.shape[window.filter_channel_axis]
     if 0 in size:
-        return _drop_height(jnp.zeros(window.activation_shape(x.shape[0], size, outputs), out_dtype), data_format)
+        return drop_height(jnp.zeros(window.activation_shape(x.shape[0], size, outputs), out_dtype), data_format)
     if outputs != channels:
         x = jnp.repeat(x, outputs // channels, axis=window.channel_axis)
     kernel_axes = (1, 2) if window.filter_layout == "HWO" else (2, 3)
@@ -461,10 +484,10 @@ def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, fil
         multiplier=1,
         out_dtype=out_dtype,
     )
-    return _drop_height(y, data_format)
+    return drop_height(y, data_format)
 
 
-def _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
+def as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
     """Operands and window of the primitives: a height of 1 for one spatial dimension, and one filter for all images."""
     if len(strides) == 1:
         x = jnp.expand_dims(x, data_format.index("W"))
@@ -474,5 +497,6 @@ def _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
     return x, kernel[None], Window(tuple(strides), tuple(padding), tuple(dilation), layout, filter_layout)
 
 
-def _drop_height(y, data_format):
+def drop_height(y, data_format):
+    """The result of the primitives in the format that was asked for."""
     return y if "H" in data_format else jnp.squeeze(y, data_format.index("W"))

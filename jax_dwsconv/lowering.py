@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from jax_dwsconv import _config, _native, reference
+from jax_dwsconv import _config, _native
 from jax_dwsconv._geometry import Window
 from jax_dwsconv.partitioning import Operator
 
@@ -72,10 +72,19 @@ def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, *operands, win
             return primitive.bind(*operands, window=window, out_dtype=common, **params).astype(out_dtype)
 
         return mlir.lower_fun(convert, multiple_results=False)(ctx, *operands)
-    further = {"tile": tile} if platform == "cuda" and (tile := _config.forced_tile()) else {}
+    further = {}
     if op == "fused_forward":
-        ctx, operands = _with_empty(ctx, operands, params["parts"], out_dtype)
+        dtype = _common_dtype(out_dtype)
+        dtypes = {"scale": dtype, "bias": dtype, "residual": out_dtype}
+        ctx, operands = with_empty(ctx, operands, params["parts"], dtypes)
         further["activation"] = params["activation"] or "none"
+    return emit(op, platform, ctx, *operands, window=window, **further)
+
+
+def emit(op: str, platform: str, ctx, *operands, window: Window, **further):
+    """The call of the native kernel, with the attributes `further` besides those that every operator has."""
+    if platform == "cuda" and (tile := _config.forced_tile()):
+        further["tile"] = tile
     return _EMIT[platform, op](ctx, *operands, **_attributes(op, window), **further)
 
 
@@ -86,6 +95,11 @@ def _why_lax(platform: str, dtypes) -> str | None:
         return (
             f"no kernel for dtypes {', '.join(map(str, dtypes))}; use float32, bfloat16, float16, or float64 on the CPU"
         )
+    return why_no_kernels(platform)
+
+
+def why_no_kernels(platform: str) -> str | None:
+    """Why there are no kernels to lower to, or None where there are."""
     return None if _is_for_another_machine(platform) else _native.why_unavailable(platform)
 
 
@@ -97,12 +111,11 @@ def _is_for_another_machine(platform: str) -> bool:
         return True
 
 
-def _with_empty(ctx, operands, parts, out_dtype):
-    """The operands of fused_forward, with an array of no elements for each of those that it does not have."""
+def with_empty(ctx, operands, parts, dtypes: dict):
+    """The operands, with an array of no elements for each of `dtypes` that is not among the `parts` which are there."""
     avals, values = list(ctx.avals_in[:2]), list(operands[:2])
     given = dict(zip(parts, zip(ctx.avals_in[2:], operands[2:], strict=True), strict=True))
-    for part in reference.PARTS:
-        dtype = out_dtype if part == "residual" else _common_dtype(out_dtype)
+    for part, dtype in dtypes.items():
         empty = np.zeros((0,), dtype)
         aval, value = given.get(part) or (jax.typeof(empty), mlir.ir_constant(empty))
         avals.append(aval)
@@ -138,5 +151,6 @@ _EMIT = {
     ("cuda", "forward"): functools.partial(_emit_plain, "forward"),
     ("cuda", "fused_forward"): functools.partial(_emit_plain, "fused_forward"),
     ("cuda", "grad_input"): functools.partial(_emit_plain, "grad_input"),
+    ("cuda", "quantized_forward"): functools.partial(_emit_plain, "quantized_forward"),
     ("cuda", "grad_filter"): functools.partial(_emit_with_workspace, "grad_filter"),
 }

@@ -203,15 +203,17 @@ def _check_output_size(op: str, g, window: Window, input_size, kernel_size) -> N
 # Dtype rule, abstract evaluation --------------------------------------------------------------------------------------
 
 
-def _check_dtype(op: str, dtype) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{op}: dtypes must be floating point, got {dtype}; use float32, bfloat16, float16 or float64")
+def _check_floating(op: str, *operands, out_dtype, **_) -> None:
+    for dtype in (*(x.dtype for x in operands), out_dtype):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{op}: dtypes must be floating point, got {dtype}; use float32, bfloat16, float16 or float64"
+            )
 
 
-def _abstract_eval(operator: Operator, shape_rule, *operands, **params):
+def _abstract_eval(operator: Operator, shape_rule, check_dtypes, *operands, **params):
     op = operator.name
-    for dtype in (*(x.dtype for x in operands), params["out_dtype"]):
-        _check_dtype(op, dtype)
+    check_dtypes(op, *operands, **params)
     shape = shape_rule(*operands, **params)
     for dims, dtype in (*((x.shape, x.dtype) for x in operands), (shape, params["out_dtype"])):
         if all(isinstance(d, int) for d in dims) and math.prod(dims) * dtype.itemsize > _LARGEST_SIZE:
@@ -227,11 +229,11 @@ GRAD_INPUT = Operator("grad_input", ("y", "kernel", "x"))
 GRAD_FILTER = Operator("grad_filter", ("x", "y", "kernel"))
 
 
-def _primitive(name: str, operator: Operator, shape_rule) -> Primitive:
+def _primitive(name: str, operator: Operator, shape_rule, check_dtypes=_check_floating) -> Primitive:
     primitive = Primitive(name)
-    primitive.def_abstract_eval(functools.partial(_abstract_eval, operator, shape_rule))
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, operator, shape_rule, check_dtypes))
     params = ("window", "out_dtype", "input_size", "multiplier", "kernel_size", "groups", "activation", "parts")
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=(*params, "quantization")))
     return primitive
 
 
@@ -474,6 +476,13 @@ def _dividable(operator: Operator, run: Callable):
     return divide, divide_by_types
 
 
+def _lower_by_division(operator: Operator, p: Primitive, on_one_device: Primitive) -> None:
+    divide, divide_by_types = _dividable(operator, on_one_device.bind)
+    mlir.register_lowering(p, mlir.lower_fun(divide, multiple_results=False))
+    mlir.register_lowering(_DIVIDED_BY_TYPES[p], mlir.lower_fun(divide_by_types, multiple_results=False))
+    dispatch.prim_requires_devices_during_lowering.add(p)  # custom_partitioning asks for them
+
+
 # Lowering -------------------------------------------------------------------------------------------------------------
 
 for _operator, _p, _shape_rule, _in_lax in (
@@ -484,9 +493,6 @@ for _operator, _p, _shape_rule, _in_lax in (
 ):
     _on_one_device = _primitive(f"dwsconv_{_operator.name}_on_one_device", _operator, _shape_rule)
     lowering.register(_on_one_device, _operator, _in_lax)
-    _divide, _divide_by_types = _dividable(_operator, _on_one_device.bind)
-    mlir.register_lowering(_p, mlir.lower_fun(_divide, multiple_results=False))
-    mlir.register_lowering(_DIVIDED_BY_TYPES[_p], mlir.lower_fun(_divide_by_types, multiple_results=False))
-    dispatch.prim_requires_devices_during_lowering.add(_p)  # custom_partitioning asks for them
+    _lower_by_division(_operator, _p, _on_one_device)
 
 _native.register()

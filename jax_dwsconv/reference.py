@@ -1,5 +1,8 @@
 """The operators in plain `jax.lax`: the fallback, and the lowering for platforms without kernels."""
 
+import functools
+import math
+
 import jax
 from jax import lax, numpy as jnp
 
@@ -9,6 +12,7 @@ from jax_dwsconv._geometry import Window
 # What may follow the sums of `fused_forward`, besides an activation.
 PARTS = ("scale", "bias", "residual")
 
+_MOST_UNROLLED_TAPS = 64
 _FILTER_SPEC = {"HWO": "HWIO", "OHW": "OIHW"}
 
 
@@ -75,3 +79,59 @@ def _convolve(x, kernel, window: Window, preferred_element_type=None):
 def _empty(x, kernel, shape, dtype):
     """An empty result that depends linearly on both operands, so that it can be transposed."""
     return jnp.broadcast_to((x.sum() * kernel.sum()).astype(dtype), shape)
+
+
+# int8: sums of shifted products, because lax refuses integer convolutions on GPUs ------------------------------------
+
+
+def quantized_sums(x: jax.Array, kernel: jax.Array, *, window: Window, x_zero_point: int) -> jax.Array:
+    """The int32 sums of (x - x_zero_point) times kernel; outside the image the difference is zero."""
+    if window.layout == "NCHW":
+        last = quantized_sums(
+            jnp.moveaxis(x, 1, 3), kernel, window=window._replace(layout="NHWC"), x_zero_point=x_zero_point
+        )
+        return jnp.moveaxis(last, 3, 1)
+    kernel = kernel if window.filter_layout == "HWO" else jnp.moveaxis(kernel, 1, 3)
+    groups, *kernel_size, outputs = kernel.shape
+    batch, *size, channels = x.shape
+    height, width = window.output_size(size, kernel_size)
+    shape = (batch, height, width, outputs)
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.int32)
+    (sh, sw), (dh, dw) = window.strides, window.dilation
+    x = x.astype(jnp.int32) - x_zero_point
+    x = lax.pad(x, jnp.int32(0), ((0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)))
+    x = x if channels == outputs else jnp.repeat(x, outputs // channels, axis=3)
+    by_group = (groups, batch // groups, height, width, outputs)
+
+    def add_tap(tap, sums):
+        i, j = tap // kernel_size[1], tap % kernel_size[1]
+        read = (batch, (height - 1) * sh + 1, (width - 1) * sw + 1, outputs)
+        shifted = lax.dynamic_slice(x, (0, i * dh, j * dw, 0), read)[:, ::sh, ::sw].reshape(by_group)
+        weights = lax.dynamic_slice(kernel, (0, i, j, 0), (groups, 1, 1, outputs)).astype(jnp.int32)
+        return sums + shifted * weights[:, None]
+
+    sums, taps = jnp.zeros(by_group, jnp.int32), math.prod(kernel_size)
+    if taps > _MOST_UNROLLED_TAPS:
+        return lax.fori_loop(0, taps, add_tap, sums).reshape(shape)
+    return functools.reduce(lambda sums, tap: add_tap(tap, sums), range(taps), sums).reshape(shape)
+
+
+def quantized_forward(x, kernel, *others, parts, window: Window, out_dtype, quantization, convolve=quantized_sums):
+    """As `quantized_primitive.quantized_forward`, `parts` being the names of the `others`."""
+    following = dict(zip(parts, others, strict=True))
+    sums = convolve(x, kernel, window=window, x_zero_point=quantization.x_zero_point)
+    return requantize(sums, following.get("scale"), following.get("bias"), quantization, window.channel_axis)
+
+
+def requantize(sums: jax.Array, scale, bias, quantization, channel_axis: int) -> jax.Array:
+    """What follows the int32 sums of an int8 operator; int8 with a scale, else int32."""
+    shape = [1] * sums.ndim
+    shape[channel_axis] = -1
+    if bias is not None:
+        sums = sums + bias.reshape(shape)
+    if scale is None:
+        return sums
+    rounded = jnp.round(sums.astype(jnp.float32) * scale.reshape(shape))
+    zero_point, low, high = quantization[1:]
+    return (jnp.clip(rounded, low - zero_point, high - zero_point).astype(jnp.int32) + zero_point).astype(jnp.int8)

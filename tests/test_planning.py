@@ -37,6 +37,24 @@ def test_the_choice_is_the_candidate_of_the_least_estimate(problem, dtype, layou
         assert chosen.cycles == min(candidate.cycles for candidate in estimated)
 
 
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_int8(problem):
+    """Words of four channels are marched over; other numbers of channels have the general kernel alone."""
+    for device in DEVICES.values():
+        chosen, candidates = _planning.plan("quantized_forward", **problem, dtype="int8", device=device)
+        marches = [candidate for candidate in candidates if candidate.text.startswith("quantized:")]
+        assert len(marches) == len(candidates) - 1
+        assert bool(marches) == (problem["shape"][3] % 4 == 0)
+        assert chosen == min(marches or candidates, key=lambda candidate: candidate.cycles)
+
+
+@pytest.mark.parametrize(("operator", "dtype"), [("forward", "int8"), ("quantized_forward", "float32")])
+def test_int8_has_an_operator_of_its_own(operator, dtype, capsys):
+    arguments = f"plan --shape 1,8,8,8 --operator {operator} --dtype {dtype}"
+    assert command_line.main(arguments.split()) == 2
+    assert "quantized_forward, and nothing else, is for int8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("operator", "kernel"), TENSOR_CORES.items())
 @pytest.mark.parametrize(("device", "dtype"), [("rtx2080ti", "bfloat16"), ("h100", "float32")])
 def test_tensor_cores_only_where_they_help(device, dtype, operator, kernel):

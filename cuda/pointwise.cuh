@@ -1,0 +1,138 @@
+// Pointwise convolution for small problems, on tensor cores (sm_80 and newer). Where there are few pixels and features
+// and many channels, a tiled matrix product leaves most multiprocessors idle or needs a second kernel. Here the warps
+// of a block divide the channels of sixteen pixels and add up in shared memory, and operands go straight from global
+// memory into the registers of the lanes that multiply them.
+//
+// A matrix product is a sum over channels, whatever their order, so each lane takes eight neighbouring channels of a
+// pixel at the places where the instruction wants others; and neighbouring features go to different products.
+#ifndef JAX_DWSCONV_CUDA_POINTWISE_CUH_
+#define JAX_DWSCONV_CUDA_POINTWISE_CUH_
+
+#include "cuda/epilogue.cuh"
+#include "cuda/pointwise.h"
+#include "cuda/tensor_core.cuh"
+
+namespace dwsconv::cuda {
+
+constexpr int kPointwiseWarps = 8, kPointwisePixels = 16;
+constexpr int kLaneChannels = 8, kChunkChannels = 4 * kLaneChannels;  // in two products of 16
+
+// What a lane multiplies of 32 channels: eight channels of pixels `group` and `group + 8`, and their rows of the
+// kernel, kFeatures neighbouring features of each.
+template <class T, int kFeatures>
+struct PointwiseChunk {
+  Packed<T, kLaneChannels> pixels[2];
+  Packed<T, kFeatures> rows[kLaneChannels];
+
+  __device__ __forceinline__ void Load(const PointwiseTask& m, const T* source, const T* kernel, int pixel, int feature,
+                                       int channel) {
+    const bool has_channel = channel < m.channels;
+    const T* const row = kernel + static_cast<int64_t>(channel) * m.features + feature;
+#pragma unroll
+    for (int r = 0; r < kLaneChannels; ++r) {
+      rows[r] = {};
+      if (has_channel && feature < m.features) {
+        rows[r] = *reinterpret_cast<const Packed<T, kFeatures>*>(row + r * m.features);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int p = pixel + 8 * half;
+      pixels[half] = {};
+      if (has_channel && p < m.pixels) {
+        pixels[half] = *reinterpret_cast<const Packed<T, kLaneChannels>*>(source + int64_t{p} * m.channels + channel);
+      }
+    }
+    if (m.gate == nullptr || !has_channel) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t image = m.pixels_per_image.Quotient(min(pixel + 8 * half, m.pixels - 1));
+      float values[kLaneChannels], factors[kLaneChannels];
+      pixels[half].Unpack(values);
+      LoadVector(static_cast<const T*>(m.gate) + int64_t{image} * m.channels + channel, factors);
+#pragma unroll
+      for (int v = 0; v < kLaneChannels; ++v) values[v] *= factors[v];
+      pixels[half].Pack(values);
+    }
+  }
+
+  // sums[j]: of feature j of each of the eight vectors of features.
+  __device__ __forceinline__ void AddTo(float (&sums)[kFeatures][4]) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int j = 0; j < kFeatures; ++j) {
+        const auto pair = [&](int r) {
+          return PickHalves(rows[r].words.at[j / 2], rows[r + 1].words.at[j / 2], j % 2 == 1);
+        };
+        MultiplyWhole<T>(pixels[0].words.at[2 * step], pixels[1].words.at[2 * step], pixels[0].words.at[2 * step + 1],
+                         pixels[1].words.at[2 * step + 1], pair(4 * step), pair(4 * step + 2), sums[j], sums[j]);
+      }
+    }
+  }
+};
+
+// The grid's x is the tile of sixteen pixels, its y the tile of 8 * kFeatures features.
+template <class T, int kFeatures>
+__global__ void __launch_bounds__(32 * kPointwiseWarps)
+    PointwiseKernel(const __grid_constant__ PointwiseTask m, const T* __restrict__ source, const T* __restrict__ kernel,
+                    T* __restrict__ result) {
+#if __CUDA_ARCH__ >= 800
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+  const int first_pixel = blockIdx.x * kPointwisePixels, first_feature = blockIdx.y * 8 * kFeatures;
+
+  constexpr int kStep = kPointwiseWarps * kChunkChannels;
+  float sums[kFeatures][4] = {};
+  PointwiseChunk<T, kFeatures> chunks[2];  // one is loaded while the other is multiplied
+  int channel = warp * kChunkChannels + quad * kLaneChannels;
+  const auto load = [&](int which) {
+    chunks[which].Load(m, source, kernel, first_pixel + group, first_feature + group * kFeatures, channel);
+    channel += kStep;
+  };
+  const int steps = (m.channels - warp * kChunkChannels + kStep - 1) / kStep;
+  if (steps > 0) load(0);
+  for (int step = 0; step < steps; step += 2) {
+    if (step + 1 < steps) load(1);
+    chunks[0].AddTo(sums);
+    if (step + 1 >= steps) break;
+    if (step + 2 < steps) load(0);
+    chunks[1].AddTo(sums);
+  }
+
+  // Of each of its two pixels a lane has two neighbouring vectors of kFeatures features. Every warp adds up half of one
+  // of these four.
+  constexpr int kHalf = kFeatures / 2;
+  __shared__ Packed<float, kHalf> parts[kPointwiseWarps][kPointwiseWarps][32];
+#pragma unroll
+  for (int part = 0; part < kPointwiseWarps; ++part) {
+    float values[kHalf];
+#pragma unroll
+    for (int v = 0; v < kHalf; ++v) values[v] = sums[part % 2 * kHalf + v][part / 2];
+    parts[warp][part][lane].Pack(values);
+  }
+  __syncthreads();
+  float values[1][kHalf] = {};
+#pragma unroll
+  for (int other = 0; other < kPointwiseWarps; ++other) {  // always in this order
+    float part[kHalf];
+    parts[other][warp][lane].Unpack(part);
+#pragma unroll
+    for (int v = 0; v < kHalf; ++v) values[0][v] += part[v];
+  }
+  const int vector = warp / 2, pixel = first_pixel + group + vector / 2 * 8;
+  const int feature = first_feature + (2 * quad + vector % 2) * kFeatures + warp % 2 * kHalf;
+  if (pixel >= m.pixels || feature >= m.features) return;
+  float scale[kHalf], bias[kHalf];
+  LoadScale(m.epilogue, feature, scale);
+  LoadBias(m.epilogue, feature, bias);
+#pragma unroll
+  for (int v = 0; v < kHalf; ++v) values[0][v] = fmaf(values[0][v], scale[v], bias[v]);
+  const int64_t out = int64_t{pixel} * m.features + feature;
+  Finish<T>(m.epilogue, [](int) { return true; }, [&](int) { return out; }, values);
+  StoreVector(result + out, values[0]);
+#endif
+}
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_POINTWISE_CUH_

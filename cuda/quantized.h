@@ -1,0 +1,46 @@
+// What the kernels of the int8 convolution (quantized.cuh) take, and their launcher.
+#ifndef JAX_DWSCONV_CUDA_QUANTIZED_H_
+#define JAX_DWSCONV_CUDA_QUANTIZED_H_
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/march.h"
+#include "cuda/plan_quantized.h"
+#include "cuda/problem.h"
+
+namespace dwsconv::cuda {
+
+struct QuantizedCall {
+  Problem problem;
+  Requantization requantization;
+  const void* x;
+  const void* filter;
+  void* y;
+  cudaStream_t stream;
+};
+
+// The limits of what is rounded, and what is added then.
+struct Rounding {
+  explicit Rounding(const Requantization& r)
+      : low(static_cast<float>(r.low - r.out_zero_point)),
+        high(static_cast<float>(r.high - r.out_zero_point)),
+        zero_point(r.out_zero_point) {}
+
+  float low, high;
+  int zero_point;
+};
+
+struct QuantizedMarch : March {
+  Requantization requantization;
+  Rounding rounding;
+  int kernel_h, kernel_w;  // of the filter; the instance may be larger
+};
+
+// Enqueue their work. The first returns false where there is no instance.
+bool LaunchQuantized(const QuantizedCall& call, const QuantizedPlan& plan);
+bool LaunchQuantizedStride1(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile);
+bool LaunchQuantizedStride2(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile);
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_QUANTIZED_H_
