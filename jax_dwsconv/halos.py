@@ -9,7 +9,7 @@ before the first row, and a kernel that reaches over r = dilation * (taps - 1) +
 
 The first line says which rows of their source, x, forward and grad_filter need for rows of their target, y; the second
 says it of grad_input, whose source is y. What of them lies outside of the device's block is the halo, and it comes from
-as many neighbours as it covers; outside of the array there are zeros.
+as many neighbours as it covers; outside of the array there are zeros, or what stands for them in an int8 array.
 
 Applied to the rows [x0, x1) of x and [y0, y1) of y alone, an operator is that of the whole with the padding
 
@@ -47,6 +47,7 @@ class Dimension(NamedTuple):
       reach: of the kernel.
       low: padding before.
       transposed: for grad_input.
+      zero: what the source has for zero.
     """
 
     axes: Axes
@@ -56,7 +57,8 @@ class Dimension(NamedTuple):
     stride: int
     reach: int
     low: int
-    transposed: bool
+    transposed: bool = False
+    zero: int = 0
 
     @property
     def parts(self) -> int:
@@ -108,6 +110,7 @@ def exchange_halos(
     padding="SAME",
     dilation: int | Sequence[int] = 1,
     data_format: str | None = None,
+    zero_point: int = 0,
 ) -> tuple[jax.Array, tuple[tuple[int, int], ...]]:
     """A device's part of an image, and what a convolution of it reads of the neighbours' parts. For `jax.shard_map`.
 
@@ -124,6 +127,7 @@ def exchange_halos(
       padding: as `depthwise_conv2d`, of the whole image.
       dilation: as `depthwise_conv2d`.
       data_format: "NHWC" (the default) or "NCHW"; in one dimension "NWC" (the default) or "NCW".
+      zero_point: what an int8 x has for zero, and what is around the image therefore.
 
     Returns:
       The larger part, and the padding for it: (low, high) for every spatial axis, (0, 0) for the divided ones.
@@ -156,7 +160,7 @@ def exchange_halos(
                 f"spatial axis {i} of size {whole[i]}, in {parts[i]} parts, has a result of size {size}, which cannot "
                 "be divided evenly; use another padding, such as 'SAME'"
             )
-        dimension = Dimension(axes, mesh, whole[i], size, strides[i], reach, pairs[i][0], transposed=False)
+        dimension = Dimension(axes, mesh, whole[i], size, strides[i], reach, pairs[i][0], zero=zero_point)
         x, *_ = _with_halo(x, at[i] % x.ndim, dimension)
         pairs[i] = (0, 0)
     return x, tuple(pairs)
@@ -179,9 +183,11 @@ def on_blocks(run: Callable, operands: Sequence[jax.Array], params: dict, divide
     at = params["window"].layout.index("HW"[index])
     adds = "kernel_size" in params
     operands = list(operands)
-    operands[0] = _without_fill(operands[0], at, dimension, dimension.source)
-    if adds:
-        operands[1] = _without_fill(operands[1], at, dimension, dimension.target)
+    size, count = dimension.blocks
+    if dimension.source % dimension.parts:
+        operands[0] = _inside(operands[0], at, dimension, dimension.source, 0, size)
+    if adds and dimension.target % dimension.parts:
+        operands[1] = _inside(operands[1], at, dimension, dimension.target, 0, count)
 
     def on_rows(source, sources: Rows, targets: Rows):
         of_targets = [lax.slice_in_dim(x, *targets, axis=at) if i in aligned else x for i, x in enumerate(operands)]
@@ -192,12 +198,11 @@ def on_blocks(run: Callable, operands: Sequence[jax.Array], params: dict, divide
     if inner is None:
         source, sources, targets, places = _with_halo(operands[0], at, dimension)
         result = on_rows(source, sources, targets)
-        return result if adds else _from_place(result, at, dimension, places, dimension.blocks[1])
+        return result if adds else _from_place(result, at, dimension, places, count)
 
     def on_own_rows(sources: Rows, targets: Rows):
         return on_rows(_rows(operands[0], at, dimension, sources), sources, targets)
 
-    size, count = dimension.blocks
     first, last = dimension.needed((0, count))
     result = on_own_rows((0, size), (0, count))
     for halo, targets in (((first, 0), (0, inner[0])), ((size, last), (inner[1], count))):
@@ -258,12 +263,10 @@ def _from_place(x, at: int, dimension: Dimension, places: Sequence[int], length:
     return lax.dynamic_slice_in_dim(x, place, length, axis=at)
 
 
-def _without_fill(x, at: int, dimension: Dimension, size: int):
-    """Zeros for the rows after the end of an array that does not divide evenly."""
-    if x.shape[at] * dimension.parts == size:
-        return x
-    row = lax.axis_index(dimension.axes) * x.shape[at] + lax.broadcasted_iota(jnp.int32, x.shape, at)
-    return jnp.where(row < size, x, 0)
+def _inside(x, at: int, dimension: Dimension, size: int, first: int, block: int):
+    """Zero for the rows of x that lie outside of the array; the first one is row `first` of the device's block."""
+    row = lax.axis_index(dimension.axes) * block + first + lax.broadcasted_iota(jnp.int32, x.shape, at)
+    return jnp.where((row >= 0) & (row < size), x, jnp.asarray(dimension.zero, x.dtype))
 
 
 def _rows(x, at: int, dimension: Dimension, rows: Rows):
@@ -272,7 +275,9 @@ def _rows(x, at: int, dimension: Dimension, rows: Rows):
     before, after = _neighbours(x, at, dimension, -1, -start), _neighbours(x, at, dimension, 1, stop - size)
     own = [lax.slice_in_dim(x, max(start, 0), min(stop, size), axis=at)] if stop > 0 and start < size else []
     pieces = [*reversed(before), *own, *after]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, at)
+    found = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, at)
+    is_zero = dimension.zero == 0 or not (before or after)  # outside of the array
+    return found if is_zero else _inside(found, at, dimension, dimension.source, start, size)
 
 
 def _neighbours(x, at: int, dimension: Dimension, side: int, count: int) -> list:

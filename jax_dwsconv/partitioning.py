@@ -139,14 +139,14 @@ def _run_shard(operator: Operator, run: Callable, params: dict, division: Divisi
     if division.grouped and "groups" in params:
         params = {**params, "groups": params["groups"] // _count(division.batch, axis_sizes)}
     window, transposed = params["window"], operator.roles[0] == "y"
-    divided = {}
+    divided, zero = {}, params["quantization"].x_zero_point if "quantization" in params else 0
     # The last one need not be copied: the height, whose rows lie together.
     for i, axes in ((1, division.width), (0, division.height)):
         if axes:
             source, target = (y[i], x[i]) if transposed else (x[i], y[i])
             reach = window.dilation[i] * (kernel[i] - 1) + 1
             low = window.padding[i][0]
-            divided[i] = Dimension(axes, axis_sizes, source, target, window.strides[i], reach, low, transposed)
+            divided[i] = Dimension(axes, axis_sizes, source, target, window.strides[i], reach, low, transposed, zero)
     aligned = [i for i, role in enumerate(operator.roles[1:-1], 1) if role in ("y", "residual")]
     on_shard = functools.partial(halos.on_blocks, run, divided=divided, aligned=aligned)
     if not (operator.sums_over_batch and division.summed):

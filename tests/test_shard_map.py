@@ -5,11 +5,13 @@ import functools
 import jax
 import meshes
 import numerics
+import numpy as np
 import pytest
 from jax import lax, numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 
 import jax_dwsconv
+import jax_dwsconv.quantized
 
 X, KERNEL, Y = numerics.normal(8, 6, 5, 8), numerics.normal(3, 3, 1, 16, seed=1), numerics.normal(8, 6, 5, 16, seed=2)
 # The specs of x and of the kernel; that of y follows.
@@ -197,6 +199,20 @@ def test_halos_of_a_length():
     y, collectives = meshes.run(convolve, *meshes.place(mesh, (x, P(None, "a")), (kernel, P())))
     assert collectives == {"collective-permute": 1}
     _assert_same(y, jax_dwsconv.depthwise_conv1d(x, kernel, dilation=2, padding="CAUSAL"))
+
+
+def test_halos_of_int8():
+    x, kernel = np.rint(40 * IMAGE).astype(np.int8), np.rint(40 * KERNEL[..., :4]).astype(np.int8)
+    convolve = functools.partial(jax_dwsconv.quantized.depthwise_conv2d, x_zero_point=-3, scale=0.01)
+
+    def convolve_part(x, kernel):
+        x, padding = jax_dwsconv.exchange_halos(x, ("a", "b"), 3, zero_point=-3)
+        return convolve(x, kernel, padding=padding)
+
+    mesh, spec = meshes.make(4, 2), P(None, "a", "b")
+    mapped = jax.shard_map(convolve_part, mesh=mesh, in_specs=(spec, P()), out_specs=spec)
+    y, _ = meshes.run(mapped, *meshes.place(mesh, (x, spec), (kernel, P())))
+    np.testing.assert_array_equal(y, convolve(x, kernel))
 
 
 @pytest.mark.parametrize(

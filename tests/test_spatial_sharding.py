@@ -15,6 +15,7 @@ from jax import lax, numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 
 import jax_dwsconv
+import jax_dwsconv.quantized
 from jax_dwsconv.partitioning import Division
 
 HALO = {"collective-permute", "all-reduce"}
@@ -235,6 +236,10 @@ def _kernel_spec(spec: P, dimensions: int) -> P:
     return P(*[None] * (dimensions - 1), spec[3] if len(spec) > 3 else None)
 
 
+def _int8(x):
+    return np.clip(np.rint(40 * x), -128, 127).astype(np.int8)
+
+
 def _pullback(f, cotangent, *args):
     value, vjp = jax.vjp(f, *args)
     return value, vjp(cotangent)
@@ -271,6 +276,33 @@ def test_fused(parts, mesh_shape, spec, mode):
         return _pullback(convolve, g, *args)
 
     _run_as(mode, mesh_shape, gradients, (Y, spec), *operands)
+
+
+@MODES
+@pytest.mark.parametrize("options", [{}, {"strides": 2, "dilation": (3, 1)}, {"padding": ((5, 3), (2, 2))}], ids=str)
+@pytest.mark.parametrize(("mesh_shape", "spec"), COMBINED, ids=str)
+def test_int8(mesh_shape, spec, options, mode):
+    """Equal to the last bit, whatever stands for zero."""
+    convolve = functools.partial(jax_dwsconv.quantized.depthwise_conv2d, x_zero_point=-3, out_zero_point=5, **options)
+    operands = [(_int8(X), spec), (_int8(KERNEL), _kernel_spec(spec, 4)), (np.full(8, 0.01, np.float32), P())]
+    mesh = meshes.make(*mesh_shape, axis_type=mode)
+    with jax.set_mesh(mesh):
+        y, collectives = meshes.run(lambda x, k, scale: convolve(x, k, scale=scale), *meshes.place(mesh, *operands))
+    np.testing.assert_array_equal(y, convolve(*(x for x, _ in operands[:2]), scale=operands[2][0]))
+    assert set(collectives) <= {"collective-permute"}
+
+
+@pytest.mark.parametrize("padding", ["VALID", ((9, 0), (1, 1))], ids=str)
+def test_uneven_int8(padding):
+    def sums(x, kernel):
+        for _ in range(2):
+            x = jax_dwsconv.quantized.depthwise_conv2d(x, kernel, scale=0.02, x_zero_point=7, padding=padding)
+        return x.astype(jnp.int32).sum((1, 2))
+
+    x, kernel = _int8(numerics.normal(2, 64, 9, 4)), _int8(numerics.normal(3, 3, 1, 4, seed=1))
+    result, collectives = meshes.run(sums, *meshes.place(meshes.make(8), (x, P(None, "a")), (kernel, P())))
+    assert set(collectives) <= HALO
+    np.testing.assert_array_equal(result, sums(x, kernel))
 
 
 @MODES
