@@ -343,9 +343,9 @@ def explicit_division(operator: Operator, params: dict, mesh, *types) -> Divisio
     for kind, (role, axes) in found.items():
         if getattr(division, kind) != axes:
             raise ValueError(
-                f"{operator.name}: operands of shapes {', '.join(map(str, shapes))} cannot be divided into equal parts "
-                f"as their types ask: the {kind} of {role} and of the result over {axes}; use jax.sharding.reshard "
-                "first, or auto axes"
+                f"{operator.name}: operands of shapes {', '.join(map(str, shapes))} cannot be divided as their types "
+                f"ask, the {kind} of {role} over {axes}: parts of operands and result must be equal, and an axis can "
+                "divide one dimension only; use jax.sharding.reshard first, or auto axes"
             )
     return division
 
