@@ -53,17 +53,21 @@ class Crops:
         size: side of the crops.
         batch: number of crops in a batch.
         seed: of the choice of the crops.
+        rows: which ones of each batch to make.
     """
 
-    def __init__(self, parts: list[np.ndarray], size: int, batch: int, seed: tuple[int, ...]):
-        self.parts, self.size, self.batch, self.seed = parts, size, batch, seed
+    def __init__(
+        self, parts: list[np.ndarray], size: int, batch: int, seed: tuple[int, ...], rows: slice = slice(None)
+    ):
+        self.parts, self.size, self.batch, self.seed, self.rows = parts, size, batch, seed, rows
 
     def __call__(self, index: int) -> Batch:
-        """The batch of this index."""
+        """The batch of this index, or the rows of it."""
         rng = np.random.default_rng((*self.seed, index))
         labels = rng.integers(len(self.parts), size=self.batch, dtype=np.int32)
         places, turned = rng.random((self.batch, 2)), rng.random(self.batch) < 0.5
-        images = np.empty((self.batch, self.size, self.size, 3), np.uint8)
+        labels, places, turned = labels[self.rows], places[self.rows], turned[self.rows]
+        images = np.empty((len(labels), self.size, self.size, 3), np.uint8)
         for image, label, place, turn in zip(images, labels, places, turned, strict=True):
             part = self.parts[label]
             top, left = (int(p * (n - self.size + 1)) for p, n in zip(place, part.shape, strict=False))

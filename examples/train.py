@@ -4,13 +4,14 @@
 The task is to tell which picture a crop comes from; a strip of each picture is held out. The pictures come with
 scikit-image: nothing is downloaded. The same command gives the same losses again, and so does a run that was stopped
 and resumed. Exit code 0: done; 1: training failed, or a checkpoint cannot be read; 2: bad arguments, or a package is
-missing.
+missing. With --distributed the same command runs on several machines: they train one model, and end together.
 """
 
 import argparse
 import csv
 import functools
 import math
+import os
 import shutil
 import sys
 import time
@@ -22,8 +23,10 @@ from typing import Any, NamedTuple, NoReturn
 try:
     import jax
     import models
+    import numpy as np
     import optax
     from crops import SIZES, TASKS, Batch, Crops, load_parts, prefetch
+    from jax.experimental import multihost_utils
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import (
@@ -152,8 +155,9 @@ class Run:
         self.history = History([], [])
         self.divided = Divided.over_all_devices()
         self.names, training, held_out = load_parts(options.task, options.size)
-        self.crops = Crops(training, options.size, options.batch, (options.seed, 0))
-        self.held_out = Crops(held_out, options.size, options.batch, (0, 1))
+        rows = self.divided.rows(options.batch)
+        self.crops = Crops(training, options.size, options.batch, (options.seed, 0), rows)
+        self.held_out = Crops(held_out, options.size, options.batch, (0, 1), rows)
 
     def train(self) -> None:
         """Trains, or goes on where the latest checkpoint is."""
@@ -206,7 +210,8 @@ class Run:
         kind = devices[0].device_kind
         self.console.print(
             f"{options.model}, {parameters:,} parameters, depthwise layers on "
-            f"{'jax_dwsconv' if options.conv == 'ours' else 'plain lax'}, {options.dtype}, on {len(devices)} x {kind}\n"
+            f"{'jax_dwsconv' if options.conv == 'ours' else 'plain lax'}, {options.dtype}, on {len(devices)} x {kind}"
+            f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}\n"
             f"{len(self.names)} classes: {', '.join(self.names)}; crops of {options.size} x {options.size}, "
             f"{options.batch} a step",
         )
@@ -225,7 +230,7 @@ class Run:
         return state, step, evaluate
 
     def _on_device(self, crops: Crops) -> Any:
-        return lambda index: jax.device_put(crops(index), Batch(self.divided.images, self.divided.images))
+        return lambda index: Batch(*(self.divided.place(rows, crops.batch) for rows in crops(index)))
 
     def _report(self, done: int, state: State, evaluate: Any, rate: float) -> None:
         options = self.options
@@ -239,10 +244,11 @@ class Run:
             f"{accuracy:6.1%}  {rate:,.0f} images/s"
         )
         self.checkpoints.save(state, {"settings": self.settings, **self.history._asdict()})
-        self.history.write_table(options.output / TABLE)
-        self.history.plot(
-            options.output / PLOT, f"{options.model}, {options.task} at {options.size} pixels, {options.dtype}"
-        )
+        if jax.process_index() == 0:
+            self.history.write_table(options.output / TABLE)
+            self.history.plot(
+                options.output / PLOT, f"{options.model}, {options.task} at {options.size} pixels, {options.dtype}"
+            )
 
 
 # --- Command --------------------------------------------------------------------------------------------------------
@@ -310,10 +316,55 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in the folder")
-    return parser.parse_args(arguments)
+    several = parser.add_argument_group("several processes")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train with the other processes that run this command: Slurm, Open MPI and Kubernetes know them, "
+        "elsewhere the next three options do",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port on the machine of process 0")
+    several.add_argument("--processes", type=positive, metavar="N", help="how many")
+    several.add_argument("--process", type=functools.partial(number, int, 0, math.inf), metavar="N", help="which one")
+    several.add_argument(
+        "--timeout", type=positive, default=100, metavar="SECONDS", help="without a sign of life of another process"
+    )
+    options = parser.parse_args(arguments)
+    by_hand = (options.coordinator, options.processes, options.process)
+    if by_hand != (None,) * 3 and (None in by_hand or not options.distributed):
+        parser.error("--coordinator, --processes and --process go together, and with --distributed")
+    return options
+
+
+def join(options: argparse.Namespace) -> None:
+    """Meets the other processes."""
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process,
+            initialization_timeout=options.timeout,
+            heartbeat_timeout_seconds=options.timeout,
+            shutdown_timeout_seconds=options.timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = f"{error}".partition("\n")[0]
+        raise InputError(f"--distributed: the processes do not come together: {reason}") from None
 
 
 def prepare(options: argparse.Namespace) -> None:
+    """Process 0 looks at the output folder; where it refuses it, all do."""
+    refusal = None
+    if jax.process_index() == 0:
+        try:
+            prepare_folder(options)
+        except InputError as error:
+            refusal = error
+    if multihost_utils.broadcast_one_to_all(np.asarray(refusal is not None)):
+        raise refusal or InputError("process 0 refuses, and says why")
+
+
+def prepare_folder(options: argparse.Namespace) -> None:
     """Refuses, before any work is done, what could not be done. Makes the output folder."""
     devices = jax.device_count()
     if options.batch % devices:
@@ -338,8 +389,10 @@ def prepare(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parse_arguments(arguments)
-    console = Console(highlight=False, soft_wrap=True)
     try:
+        if options.distributed:
+            join(options)
+        console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
         prepare(options)
         with Checkpoints(options.output / CHECKPOINTS) as checkpoints:
             Run(options, checkpoints, console).train()
@@ -356,9 +409,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         code, message = 1, f"{error.filename or options.output}: {error.strerror or error}"
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            code, message = 1, "out of memory: try a smaller --batch or --size"
+        elif options.distributed:
+            reason = f"{error}".partition("\n")[0]
+            message = f"another process ended, it seems; --resume goes on after the latest checkpoint ({reason})"
+            print(f"train.py: {message}", file=sys.stderr, flush=True)
+            os._exit(1)  # jax would wait for the other one
+        else:
             raise
-        code, message = 1, "out of memory: try a smaller --batch or --size"
     print(f"train.py: {message}", file=sys.stderr)
     return code
 

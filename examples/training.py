@@ -44,7 +44,7 @@ def create_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> 
 
 
 def train_step(
-    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int = 0
+    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int = 0, axis: str | None = None
 ) -> Callable[[State, jax.Array, jax.Array], tuple[State, Metrics]]:
     """A function of the state, images (N, H, W, 3) uint8 and labels (N,), to be jitted. It drops out by seed and step.
 
@@ -52,12 +52,15 @@ def train_step(
         model: gives the structure; its values are not used.
         optimizer: of the parameters.
         seed: of the dropout.
+        axis: None, or that of a `shard_map` over the images: BatchNorm then takes the statistics of each device's own.
     """
     model.train()
     graphdef, *_ = _split(model)
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
         def loss(parameters: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
             model = nnx.merge(graphdef, parameters, state.statistics, copy=True)
@@ -66,6 +69,8 @@ def train_step(
             return metrics.loss, (metrics, statistics)
 
         gradients, (metrics, statistics) = jax.grad(loss, has_aux=True)(state.parameters)
+        if axis is not None:
+            gradients, metrics, statistics = jax.lax.pmean((gradients, metrics, statistics), axis)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         return State(state.step + 1, parameters, statistics, optimizer_state), metrics
@@ -101,7 +106,7 @@ def _metrics(logits: jax.Array, labels: jax.Array) -> Metrics:
 
 
 class Divided(NamedTuple):
-    """Data parallelism over all devices: images are divided among them, the state is on each."""
+    """Data parallelism over all devices of all processes: images are divided among them, the state is on each."""
 
     images: NamedSharding
     state: NamedSharding
@@ -111,6 +116,15 @@ class Divided(NamedTuple):
         """On a mesh of one axis."""
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         return cls(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
+
+    def rows(self, batch: int) -> slice:
+        """Which images of a batch the devices of this process have."""
+        indices = [index.indices(batch) for (index,) in self.images.addressable_devices_indices_map((batch,)).values()]
+        return slice(min(start for start, *_ in indices), max(stop for _, stop, _ in indices))
+
+    def place(self, rows: np.ndarray, batch: int) -> jax.Array:
+        """A batch on the devices, made of the rows of every process."""
+        return jax.make_array_from_process_local_data(self.images, rows, (batch, *rows.shape[1:]))
 
     def jit(self, step: Callable, **options: Any) -> Callable:
         """Compiles a function of state, images and labels. XLA sees to the sums over all devices.

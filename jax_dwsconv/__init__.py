@@ -17,6 +17,7 @@ from jax_dwsconv.convolution import (
     depthwise_conv_transpose2d,
 )
 from jax_dwsconv.exporting import disabled_export_checks
+from jax_dwsconv.halos import exchange_halos
 from jax_dwsconv.pointwise import pointwise_conv2d
 from jax_dwsconv.separable import separable_conv2d
 
@@ -30,6 +31,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "disabled_export_checks",
+    "exchange_halos",
     "pointwise_conv2d",
     "separable_conv2d",
 ]

@@ -13,6 +13,7 @@ _COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter)"
     r"(?:-start)?\("
 )
+_PERMUTED = re.compile(r"= \w+\[([\d,]*)\]\S* collective-permute\(")
 
 
 def make(*shape: int, axis_type: AxisType = AxisType.Auto, platform: str = "cpu") -> Mesh:
@@ -35,3 +36,11 @@ def run(function: Callable, *args) -> tuple[Any, Counter[str]]:
     """The result of the jitted function, and how often each collective occurs in what XLA makes of it."""
     compiled = jax.jit(function).lower(*args).compile()
     return compiled(*args), Counter(_COLLECTIVE.findall(compiled.as_text()))
+
+
+def permuted(function: Callable, *args) -> int:
+    """How many elements a device sends to others by the collective-permutes of the jitted function."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    shapes = [[int(n) for n in shape.split(",")] for shape in _PERMUTED.findall(text)]
+    assert len(shapes) == Counter(_COLLECTIVE.findall(text))["collective-permute"]
+    return sum(map(math.prod, shapes))

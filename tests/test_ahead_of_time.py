@@ -69,6 +69,18 @@ def test_lowering_for_devices_that_are_not_here(mapped, f):
     assert _native.TARGETS["forward"] in text
 
 
+@pytest.mark.parametrize("f", [jax_dwsconv.depthwise_conv2d, _gradients])
+def test_lowering_of_a_divided_height_for_devices_that_are_not_here(f):
+    mesh = AbstractMesh((64,), ("a",), (AxisType.Explicit,))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((2, 128, 6, 4), P(None, "a")), (KERNEL.shape, P()))
+    ]
+    text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert _native.TARGETS["forward"] in text
+    assert "collective_permute" in text and "all_gather" not in text
+
+
 # Prints how often the compiled function came from the cache, how often it did not, and a result.
 _CACHED = """
 import collections, json, sys

@@ -130,9 +130,8 @@ def test_second_derivative_and_scan(explicit_mesh):
 @pytest.mark.parametrize(
     ("x_spec", "kernel_spec", "message"),
     [
-        (P(None, "a"), P(), r"dimension 1 of x \(8, 8, 4, 8\) is sharded over .*'a'.*use jax\.sharding\.reshard"),
-        (P(None, None, "a"), P(), r"dimension 2 of x .*use jax\.sharding\.reshard"),
-        (P(), P("a"), r"dimension 1 of kernel .*use jax\.sharding\.reshard"),
+        (P(), P("a"), r"dimension 1 of kernel .*'a'.*use jax\.sharding\.reshard"),
+        (P(None, None, None, "a"), P(None, "b"), r"dimension 2 of kernel .*use jax\.sharding\.reshard"),
         (
             P(None, None, None, "a"),
             P(None, None, None, "b"),
@@ -151,8 +150,8 @@ def test_what_the_error_advises_works(explicit_mesh):
     x, kernel = numerics.normal(8, 8, 4, 8), numerics.normal(4, 4, 1, 8)
 
     def convolve(x, kernel):
-        return jax_dwsconv.depthwise_conv2d(jax.sharding.reshard(x, P("a")), kernel)
+        return jax_dwsconv.depthwise_conv2d(x, jax.sharding.reshard(kernel, P()))
 
-    y = jax.jit(convolve)(*meshes.place(explicit_mesh, (x, P(None, "a")), (kernel, P())))
+    y = jax.jit(convolve)(*meshes.place(explicit_mesh, (x, P("a")), (kernel, P("b"))))
     assert jax.typeof(y).sharding.spec == P("a", None, None, None)
     numerics.assert_close(y, _unsharded(x, kernel, y)[0], length=16)

@@ -114,6 +114,21 @@ def test_shard_map_is_exported(batch):
     _check_on_mesh(mesh, restored.call, batch)
 
 
+def test_halos_are_exported():
+    def convolve(x, kernel):
+        x, padding = jax_dwsconv.exchange_halos(x, ("a", None), 3)
+        return jax_dwsconv.depthwise_conv2d(x, kernel, padding=padding)
+
+    mesh, spec = meshes.make(4, 2), P(None, "a")
+    mapped = jax.shard_map(convolve, mesh=mesh, in_specs=(spec, P()), out_specs=spec)
+    restored = _restored(mapped, *_shapes("2, 8, 6, 4", "3, 3, 1, 8"), platforms=("cpu", "cuda"))
+    x, kernel = numerics.normal(2, 8, 6, 4), numerics.normal(3, 3, 1, 8, seed=1)
+    operands = meshes.place(mesh, (x, spec), (kernel, P()))
+    y, collectives = meshes.run(restored.call, *operands)
+    assert collectives == {"collective-permute": 2}
+    _assert_same(y, jax_dwsconv.depthwise_conv2d(x, kernel))
+
+
 def test_explicit_sharding_is_exported():
     mesh = meshes.make(4, 2, axis_type=AxisType.Explicit)
     args = _operands(8)

@@ -444,7 +444,7 @@ def test_explicit_mode(case, divided):
     ("spec", "message"),
     [
         (P("b"), r"the batch of x and residual are sharded over different mesh axes.*'a'.*'b'"),
-        (P(None, "a"), r"dimension 1 of residual .*reshard"),
+        (P(None, "a"), r"the height of residual over .*'a'.* one dimension only.*reshard"),
     ],
 )
 def test_explicit_mode_refuses(spec, message):

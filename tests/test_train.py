@@ -1,6 +1,7 @@
 # ruff: noqa: E402  (the examples are no package: their folder goes on the path first)
 import contextlib
 import csv
+import functools
 import os
 import shutil
 import signal
@@ -15,24 +16,17 @@ import pytest
 for package in ("flax", "matplotlib", "optax", "orbax.checkpoint", "rich", "skimage"):
     pytest.importorskip(package)
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+import tiny_training  # isort: skip  (puts the examples on the path)
 
 import crops
 import jax
-import models
+import optax
 import train
 import training
 from flax import nnx
-from models import blocks
+from jax.sharding import AxisType, PartitionSpec as P
 from PIL import Image
-
-STAGES = (blocks.Stage(1, 16, 1, 2, 3), blocks.Stage(2, 16, 1, 1, 5))
-
-
-def tiny(**options):
-    return blocks.InvertedResidualNet(STAGES, head_channels=64, activation=nnx.relu6, **options)
-
+from tiny_training import EXAMPLES, arguments
 
 on_a_gpu_open = pytest.mark.xfail(
     jax.default_backend() == "gpu",
@@ -43,12 +37,7 @@ on_a_gpu_open = pytest.mark.xfail(
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "mobilenet_v2", tiny)
-    monkeypatch.setattr(train, "HELD_OUT_CROPS", 64)
-
-
-def arguments(output, *more):
-    return ["--task", "textures", "--size", "32", "--batch", "16", "--output", str(output), *map(str, more)]
+    tiny_training.patch(monkeypatch.setitem, monkeypatch.setattr)
 
 
 def table(output):
@@ -65,8 +54,7 @@ def finished(tmp_path_factory):
     """A run of 8 steps with checkpoints after 4 and 8."""
     output = tmp_path_factory.mktemp("train") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "mobilenet_v2", tiny)
-        patch.setattr(train, "HELD_OUT_CROPS", 64)
+        tiny_training.patch(patch.setitem, patch.setattr)
         assert train.main(arguments(output, "--steps", 8, "--every", 4)) == 0
     return output
 
@@ -178,6 +166,27 @@ def test_images_are_divided_and_the_state_is_everywhere():
     compiled = divided.jit(lambda state, images, labels: images.astype(float).mean() + state)
     labels = jax.device_put(np.zeros(16, np.int32), divided.images)
     assert compiled(jax.device_put(1.0, divided.state), images, labels).sharding.is_fully_replicated
+
+
+@pytest.mark.skipif(jax.device_count() == 1, reason="needs several devices")
+def test_statistics_of_each_device():
+    """Where all devices have the same images, a step with their own statistics is that of one device."""
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
+    model, optimizer = tiny_training.tiny(num_classes=3, dropout_rate=0.0, rngs=nnx.Rngs(0)), optax.sgd(0.1)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(8, 32, 32, 3), dtype=np.uint8), rng.integers(3, size=8, dtype=np.int32)
+    batch = [np.concatenate([part] * 2) for part in (images, labels)]
+    step = training.train_step(model, optimizer, axis="d")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P(), check_vma=False)
+    state = training.create_state(model, optimizer)
+    several = jax.jit(mapped)(state, *batch)
+    one = jax.jit(training.train_step(model, optimizer))(state, images, labels)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), several, one)
+
+    other = [images, 255 - images], [labels, labels]
+    state, _ = jax.jit(mapped)(state, *map(np.concatenate, other))
+    assert not np.allclose(jax.tree.leaves(state.statistics)[0], jax.tree.leaves(several[0].statistics)[0], rtol=1e-3)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
 # --- What goes wrong ---
