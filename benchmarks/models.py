@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Times whole models, their depthwise layers on jax_dwsconv and on plain lax through Flax, in one run.
 
-Inference is the forward pass with BatchNorm's running statistics; a training step is forward, backward and SGD with
-momentum. The time of a call is the median of calls that are blocked on, on inputs and a state that are on the device
-already. On a GPU there is also the time that its kernels take (CUPTI). Both sides get the same parameters and images,
-and their results are compared.
+A training step is forward, backward and SGD with momentum. Inference is the forward pass with BatchNorm's running
+statistics, in two further forms: "folded" is ours with BatchNorm and activations in the kernels, "expert" is what one
+can write without this package, BatchNorm folded, depthwise convolutions as sums of shifted products and pointwise ones
+as matrix products. The time of a call is the median of calls that are blocked on, that of back-to-back calls is of ten
+that are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). All sides
+get the same parameters and images, and their results are compared.
 """
 
 import argparse
@@ -24,15 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import jax
 import jax.numpy as jnp
+import latency
 import models
 import numpy as np
 import optax
 import training
 from flax import nnx
+from jax import lax
 
-from jax_dwsconv import _versions
+from jax_dwsconv import _versions, inference
 
-SIDES = ("ours", "flax")
+# The first of each is ours, the second what it is compared with.
+SIDES = {"inference": ("folded", "flax", "ours", "expert"), "train": ("ours", "flax")}
 BATCHES = {"inference": (1, 8, 32, 128), "train": (32, 64, 128, 256)}
 TOLERANCE = {"float32": 2e-2, "bfloat16": 2e-1}  # of the largest logit or of the loss; a GPU multiplies in TF32
 FIELDS = ("model", "mode", "batch", "dtype", "size")
@@ -50,15 +55,16 @@ class Case(NamedTuple):
 
 def compiled(case: Case, side: str) -> tuple[Callable, tuple[Any, ...]]:
     """A compiled function and its operands; its first result is the logits or the loss."""
-    model = nnx.eval_shape(lambda: models.create(case.model, conv=side, dtype=case.dtype))
+    conv = "ours" if side in ("folded", "ours") else "flax"
+    model = nnx.eval_shape(lambda: models.create(case.model, conv=conv, dtype=case.dtype))
     models.fill(model)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(256, size=(case.batch, case.size, case.size, 3), dtype=np.uint8))
     if case.mode == "inference":
         model.eval()
-        forward = models.compiled(model)
-        operands = (*forward.args, images.astype(jnp.float32) / 128 - 1)
-        return forward.func.lower(*operands).compile(), operands
+        model = {"folded": models.folded, "expert": expert}.get(side, lambda model: model)(model)
+        x = images.astype(jnp.float32) / 128 - 1
+        return models.compiled(model).lower(x).compile(), (x,)
     optimizer = optax.sgd(0.1, momentum=0.9)
     step = training.train_step(model, optimizer)
     leaves, treedef = jax.tree.flatten(training.create_state(model, optimizer))
@@ -70,6 +76,40 @@ def compiled(case: Case, side: str) -> tuple[Callable, tuple[Any, ...]]:
 
     operands = (leaves, images, jnp.asarray(rng.integers(1000, size=case.batch, dtype=np.int32)))
     return flat_step.lower(*operands).compile(), operands
+
+
+def expert(model: nnx.Module) -> nnx.Module:
+    """A copy that has no depthwise or pointwise convolution left, in the dtype of the computation."""
+    model, _ = inference.fold(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Conv | nnx.Linear) and module.dtype is not None:
+            for parameter in (module.kernel, module.bias):
+                parameter[...] = parameter[...].astype(module.dtype)
+        if isinstance(module, nnx.Conv) and module.feature_group_count > 1:
+            module.conv_general_dilated = shifted_products
+        elif isinstance(module, nnx.Conv) and tuple(module.kernel_size) == (1, 1):
+            module.conv_general_dilated = matrix_product
+    return model
+
+
+def matrix_product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """A pointwise convolution."""
+    return x @ kernel[0, 0]
+
+
+def shifted_products(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **_: Any) -> jax.Array:
+    """A depthwise convolution; XLA makes one kernel of the sum."""
+    height, width = kernel.shape[:2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    terms = (
+        x[:, i : i + rows : strides[0], j : j + columns : strides[1]].astype(jnp.float32) * kernel[i, j, 0]
+        for i in range(height)
+        for j in range(width)
+    )
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
 def call_ms(function: Callable, operands: tuple[Any, ...], seconds: float) -> float:
@@ -95,25 +135,40 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     """One line of the table. Raises SystemExit where the two sides disagree."""
     row: dict[str, Any] = case._asdict()
     sides, results = {}, {}
-    for side in SIDES:
+    for side in SIDES[case.mode]:
         start = time.perf_counter()
         function, operands = sides[side] = compiled(case, side)
         row[f"{side}_compile_s"] = time.perf_counter() - start
         result = function(*operands)
         results[side] = np.asarray(result[0] if case.mode == "train" else result, np.float32)
-    row["difference"] = float(np.abs(results["ours"] - results["flax"]).max() / np.abs(results["flax"]).max())
-    if not row["difference"] < TOLERANCE[case.dtype]:
-        raise SystemExit(f"{case}: ours and flax differ by {row['difference']:.1e}")
+    for side in SIDES[case.mode]:
+        difference = float(np.abs(results[side] - results["flax"]).max() / np.abs(results["flax"]).max())
+        row[f"{side}_difference"] = difference
+        if not difference < TOLERANCE[case.dtype]:
+            raise SystemExit(f"{case}: {side} and flax differ by {difference:.1e}")
+    if case.mode == "inference":
+        (x,) = operands
+        samples = latency.measure({side: function for side, (function, _) in sides.items()}, x, budget_s=4 * seconds)
+        for side, (blocked, back_to_back) in samples.items():
+            row[f"{side}_ms"] = 1e3 * statistics.median(blocked)
+            row[f"{side}_back_to_back_ms"] = 1e3 * statistics.median(back_to_back)
     for side, (function, operands) in sides.items():
-        row[f"{side}_ms"] = call_ms(function, operands, seconds)
+        if case.mode == "train":
+            row[f"{side}_ms"] = call_ms(function, operands, seconds)
         if jax.default_backend() == "gpu":
             row[f"{side}_kernels_ms"] = kernels_ms(function, operands)
     return row
 
 
-def speedup(row: dict[str, Any], kind: str) -> float:
-    """Of a time, "ms" or "kernels_ms"."""
-    return row[f"flax_{kind}"] / row[f"ours_{kind}"]
+def kinds_of(mode: str) -> tuple[str, ...]:
+    """The times that are measured."""
+    back_to_back = ("back_to_back_ms",) if mode == "inference" else ()
+    return ("ms", *back_to_back, *(("kernels_ms",) if jax.default_backend() == "gpu" else ()))
+
+
+def speedup(row: dict[str, Any], kind: str, over: str = "flax") -> float:
+    """Of our best form over another side, in one of `kinds_of`."""
+    return row[f"{over}_{kind}"] / row[f"{SIDES[row['mode']][0]}_{kind}"]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -123,8 +178,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     except ImportError:
         print("no chart: matplotlib is not installed (pip install 'jax-dwsconv[bench]')", file=sys.stderr)
         return
-    kinds = [kind for kind in ("ms", "kernels_ms") if f"ours_{kind}" in rows[0]]
-    panels = list(dict.fromkeys((row["mode"], row["dtype"], kind) for row in rows for kind in kinds))
+    panels = list(dict.fromkeys((row["mode"], row["dtype"], kind) for row in rows for kind in kinds_of(row["mode"])))
     figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
     for axis, (mode, dtype, kind) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
@@ -139,8 +193,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(names)), names)
         axis.margins(y=0.15)
         axis.set_ylabel("speed-up")
-        what = "kernel time" if kind == "kernels_ms" else "time of a call"
-        axis.set_title(f"{mode}, {dtype}: {what}, flax / ours", fontsize=9)
+        what = {"ms": "blocked call", "back_to_back_ms": "back-to-back calls", "kernels_ms": "kernel time"}[kind]
+        axis.set_title(f"{mode}, {dtype}: {what}, flax / {SIDES[mode][0]}", fontsize=9)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
@@ -150,7 +204,7 @@ def write(rows: list[dict[str, Any]], environment: dict[str, str], output: Path)
     text = json.dumps({"environment": environment, "rows": rows}, indent=1)
     output.with_suffix(".json").write_text(text + "\n")
     with output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
@@ -164,16 +218,14 @@ def run(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
     }
     print(", ".join(f"{k} {v}" for k, v in environment.items()) + "\n")
-    kinds = ("ms", "kernels_ms") if jax.default_backend() == "gpu" else ("ms",)
-    columns = [name for kind in kinds for name in (f"ours_{kind}", f"flax_{kind}", "speed-up")]
-    print(f"| {' | '.join((*FIELDS, *columns))} |\n|{'---|' * (len(FIELDS) + len(columns))}", flush=True)
     cases = [
         Case(model, mode, batch, dtype, options.size)
+        for mode in options.modes
         for model in options.models
         for dtype in options.dtype
-        for mode in options.modes
         for batch in options.batch or BATCHES[mode]
     ]
+    shown = None
     rows: list[dict[str, Any]] = []
     end = time.perf_counter() + options.limit_seconds
     for number, case in enumerate(cases):
@@ -188,11 +240,12 @@ def run(options: argparse.Namespace) -> None:
             print(f"{case}: out of memory", file=sys.stderr)
             continue
         rows.append(row)
-        cells = [
-            f"{row[f'{side}_{kind}']:.3f}" if side else f"{speedup(row, kind):.2f}"
-            for kind in kinds
-            for side in (*SIDES, "")
-        ]
+        kinds, sides = kinds_of(case.mode), SIDES[case.mode]
+        if case.mode != shown:
+            shown = case.mode
+            columns = [f"{side}_{kind}" for kind in kinds for side in sides]
+            print(f"\n| {' | '.join((*FIELDS, *columns))} |\n|{'---|' * (len(FIELDS) + len(columns))}")
+        cells = [f"{row[f'{side}_{kind}']:.3f}" for kind in kinds for side in sides]
         print(f"| {' | '.join((*map(str, case), *cells))} |", flush=True)
         if options.output is not None:
             write(rows, environment, options.output)
@@ -200,10 +253,12 @@ def run(options: argparse.Namespace) -> None:
         plot(rows, options.output.with_suffix(".png"))
     for mode, dtype in dict.fromkeys((row["mode"], row["dtype"]) for row in rows):
         shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
-        means = {kind: statistics.geometric_mean(speedup(row, kind) for row in shown) for kind in kinds}
-        print(
-            f"\n{mode} {dtype}, geometric mean of {len(shown)}: " + ", ".join(f"{k} {v:.2f}x" for k, v in means.items())
-        )
+        first, *others = SIDES[mode]
+        for other in others:
+            means = {k: statistics.geometric_mean(speedup(row, k, other) for row in shown) for k in kinds_of(mode)}
+            text = ", ".join(f"{kind} {mean:.2f}x" for kind, mean in means.items())
+            print(f"\n{mode} {dtype}, {other} / {first}, geometric mean of {len(shown)}: {text}", end="")
+        print()
 
 
 def positive(kind: type, text: str) -> Any:

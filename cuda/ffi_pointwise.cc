@@ -43,8 +43,9 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   if (!device) return device.error();
   if (device->capability < 80) return invalid("needs code for compute capability 8.0 or newer");
   const void* const factors = gated ? gate.untyped_data() : nullptr;
-  if (Alignment(x.untyped_data(), kernel.untyped_data(), y->untyped_data(), factors, epilogue->residual) < 16) {
-    return invalid("the buffers must be aligned to 16 bytes");
+  const int64_t of_features = Alignment(kernel.untyped_data(), y->untyped_data(), epilogue->residual);
+  if (Alignment(x.untyped_data(), factors) < 16 || of_features < (yd[3] % 8 == 0 ? 16 : 8)) {
+    return invalid("the buffers must be aligned to 16 bytes, those of features to 8 where they are no multiple of 8");
   }
   const bool launched =
       dtype && LaunchPointwise({xd[0], xd[1] * xd[2], xd[3], yd[3], *dtype, *epilogue, x.untyped_data(),

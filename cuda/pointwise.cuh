@@ -24,7 +24,7 @@ struct PointwiseChunk {
   Packed<T, kLaneChannels> pixels[2];
   Packed<T, kFeatures> rows[kLaneChannels];
 
-  __device__ __forceinline__ void Load(const Pointwise& m, const T* source, const T* kernel, int pixel, int feature,
+  __device__ __forceinline__ void Load(const PointwiseTask& m, const T* source, const T* kernel, int pixel, int feature,
                                        int channel) {
     const bool has_channel = channel < m.channels;
     const T* const row = kernel + static_cast<int64_t>(channel) * m.features + feature;

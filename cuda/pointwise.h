@@ -31,7 +31,8 @@ struct PointwiseTask {
   FusedEpilogue epilogue;
 };
 
-// Returns false where there is no instance. Addresses must be multiples of 16 bytes.
+// Returns false where there is no instance. Addresses must be multiples of 16 bytes, or of 8 with features that are no
+// multiple of 8.
 bool LaunchPointwise(const PointwiseCall& call, int multiprocessors);
 
 }  // namespace dwsconv::cuda

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +100,7 @@ def preprocess(photograph: Photograph) -> np.ndarray:
 
 # --- Model ----------------------------------------------------------------------------------------------------------
 
-Model = partial[jax.Array]
+Model = jax.stages.Wrapped
 
 
 def build(conv: DepthwiseLayer) -> Model:
@@ -121,7 +120,7 @@ def build(conv: DepthwiseLayer) -> Model:
 
 def uses_native_kernels(model: Model, x: np.ndarray) -> bool:
     """Whether the compiled program calls jax_dwsconv's kernels. Without them it would be compared with itself."""
-    return "custom_call @jax_dwsconv." in model.func.lower(*model.args, x).as_text()
+    return "custom_call @jax_dwsconv." in model.lower(x).as_text()
 
 
 def top_predictions(logits: np.ndarray, count: int = TOP) -> list[Prediction]:

@@ -22,22 +22,23 @@ class Latency(NamedTuple):
     back_to_back: list[float]  # the host waits for the last of IN_FLIGHT calls; their mean
 
 
-def measure(models: Mapping[str, Model], x: np.ndarray) -> dict[str, Latency]:
+def measure(models: Mapping[str, Model], x: np.ndarray, budget_s: float = BUDGET_S) -> dict[str, Latency]:
     """Latencies of each model on x; the models take turns, so that whatever else the machine does hits them alike."""
     x = jax.device_put(x)
     for model in models.values():
         model(x).block_until_ready()
     samples = {name: Latency([], []) for name in models}
-    _sample(models, x, 1, CALLS, {name: latency.blocked for name, latency in samples.items()})
-    chunks = CALLS // IN_FLIGHT
-    _sample(models, x, IN_FLIGHT, chunks, {name: latency.back_to_back for name, latency in samples.items()})
+    blocked = {name: latency.blocked for name, latency in samples.items()}
+    _sample(models, x, 1, CALLS, budget_s / 2, blocked)
+    back_to_back = {name: latency.back_to_back for name, latency in samples.items()}
+    _sample(models, x, IN_FLIGHT, CALLS // IN_FLIGHT, budget_s / 2, back_to_back)
     return samples
 
 
 def _sample(
-    models: Mapping[str, Model], x: jax.Array, in_flight: int, count: int, into: dict[str, list[float]]
+    models: Mapping[str, Model], x: jax.Array, in_flight: int, count: int, budget_s: float, into: dict[str, list[float]]
 ) -> None:
-    deadline = time.perf_counter() + BUDGET_S / 2
+    deadline = time.perf_counter() + budget_s
     for index in range(count):
         for name, model in models.items():
             started = time.perf_counter()

@@ -17,6 +17,7 @@ from jax_dwsconv.convolution import (
     depthwise_conv_transpose2d,
 )
 from jax_dwsconv.exporting import disabled_export_checks
+from jax_dwsconv.pointwise import pointwise_conv2d
 from jax_dwsconv.separable import separable_conv2d
 
 __version__ = _versions.PACKAGE
@@ -29,5 +30,6 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "disabled_export_checks",
+    "pointwise_conv2d",
     "separable_conv2d",
 ]

@@ -13,6 +13,7 @@ TARGETS = {
     "fused_forward": "jax_dwsconv.fused_forward.v1",
     "grad_input": "jax_dwsconv.grad_input.v1",
     "grad_filter": "jax_dwsconv.grad_filter.v1",
+    "pointwise": "jax_dwsconv.pointwise.v1",  # on CUDA alone
     "quantized_forward": "jax_dwsconv.quantized_forward.v1",
 }
 SINCE = dict.fromkeys(TARGETS, "0.1.0")
@@ -47,7 +48,8 @@ def register() -> None:
         if isinstance(module, ModuleType):
             handlers = module.handlers()
             for operator, target in TARGETS.items():
-                jax.ffi.register_ffi_target(target, handlers[operator], platform=xla_platform)
+                if operator in handlers:
+                    jax.ffi.register_ffi_target(target, handlers[operator], platform=xla_platform)
                 for version in _FUTURE_VERSIONS:
                     newer = f"jax_dwsconv.{operator}.v{version}"
                     jax.ffi.register_ffi_target(newer, handlers["needs_newer_version"], platform=xla_platform)

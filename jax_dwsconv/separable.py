@@ -1,11 +1,12 @@
 """Depthwise-separable convolution: a depthwise convolution followed by a pointwise (1x1) one."""
 
 import jax
-from jax import lax, numpy as jnp
+from jax import lax
 
-from jax_dwsconv import _arguments, _epilogue
+from jax_dwsconv import _arguments
 from jax_dwsconv._epilogue import Activation
 from jax_dwsconv.convolution import depthwise
+from jax_dwsconv.pointwise import pointwise
 
 
 def separable_conv2d(
@@ -44,8 +45,7 @@ def separable_conv2d(
       depthwise_activation: see `depthwise_conv2d`.
       pointwise_scale: (F,) or (), or None.
       pointwise_bias: (F,) or (), or None.
-      pointwise_gate: (..., C * multiplier), or None: factors of every image and channel for the input of the matrix
-        product, as squeeze-and-excitation has them (Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018).
+      pointwise_gate: (..., C * multiplier), or None; see `pointwise_conv2d`.
       pointwise_residual: of the shape and dtype of the result, or None. It is added before the activation.
       pointwise_activation: see `depthwise_conv2d`.
       precision: of the matrix product, as for `jax.lax.dot_general`.
@@ -80,51 +80,17 @@ def separable_conv2d(
         dtype,
         prefix="depthwise_",
     )
-    channel_axis = y.ndim - 1 if _arguments.data_format(data_format, 2) == "NHWC" else y.ndim - 3
-    if pointwise_gate is not None:
-        y = _gated(y, pointwise_gate, channel_axis)
-    return _pointwise(
+    channels_last = _arguments.data_format(data_format, 2) == "NHWC"
+    return pointwise(
         y,
         pointwise_kernel,
-        channel_axis,
         pointwise_scale,
         pointwise_bias,
+        pointwise_gate,
         pointwise_residual,
         pointwise_activation,
         precision,
+        channels_last,
         dtype,
+        prefix="pointwise_",
     )
-
-
-def _gated(y, gate, channel_axis):
-    gate = _arguments.floating_array("pointwise_gate", gate)
-    shape = (*y.shape[:-3], y.shape[channel_axis])
-    if gate.shape != shape:
-        raise ValueError(
-            f"pointwise_gate must have shape {shape}, one factor for every image and channel of the depthwise result, "
-            f"got {gate.shape}"
-        )
-    accumulator = _epilogue.accumulator_dtype(y.dtype)
-    spatial_axes = tuple(axis for axis in range(y.ndim - 3, y.ndim) if axis != channel_axis)
-    return (y.astype(accumulator) * jnp.expand_dims(gate.astype(accumulator), spatial_axes)).astype(y.dtype)
-
-
-def _pointwise(y, kernel, channel_axis, scale, bias, residual, activation, precision, out_dtype):
-    channels = y.shape[channel_axis]
-    if kernel.shape[-2:-1] != (channels,) or kernel.shape[:-2] not in ((), (1, 1)):
-        raise ValueError(
-            f"pointwise_kernel must have shape (1, 1, {channels}, F) or ({channels}, F) to follow a depthwise result "
-            f"with {channels} channels, got {kernel.shape}"
-        )
-    features = kernel.shape[-1]
-    scale = _arguments.channel_vector("pointwise_scale", scale, features)
-    bias = _arguments.channel_vector("pointwise_bias", bias, features)
-    kernel = kernel.reshape(channels, features).astype(out_dtype)
-    accumulator = _epilogue.accumulator_dtype(out_dtype)
-    contract = (((channel_axis,), (0,)), ((), ()))
-    y = lax.dot_general(y, kernel, contract, precision=precision, preferred_element_type=accumulator)
-    y = jnp.moveaxis(y, -1, channel_axis)
-    if residual is not None:
-        residual = _arguments.like_result("pointwise_residual", residual, y.shape, out_dtype)
-    y = _epilogue.apply(y, scale, bias, residual, activation, channel_axis, out_dtype)
-    return _epilogue.apply_unnamed(y, activation)

@@ -33,11 +33,12 @@ def test_small_run(tmp_path, capsys):
     assert bench_models.main([*arguments.split(), str(output)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| mobilenet_v1 |") == 2
-    assert "train bfloat16, geometric mean of 1: ms" in printed
+    assert "train bfloat16, flax / ours, geometric mean of 1: ms" in printed
+    assert "inference bfloat16, expert / folded, geometric mean of 1: ms" in printed
     with output.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["mode"], row["batch"]) for row in rows] == [("inference", "2"), ("train", "2")]
-    assert all(float(row[f"{side}_ms"]) > 0 for row in rows for side in bench_models.SIDES)
+    assert all(float(row[f"{side}_ms"]) > 0 for row in rows for side in bench_models.SIDES[row["mode"]])
     assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -47,11 +48,11 @@ def test_a_side_that_differs_is_noticed(monkeypatch):
 
     def wrong(case, side):
         function, operands = right(case, side)
-        return (lambda *operands: 2 * function(*operands) if side == "ours" else function(*operands)), operands
+        return (lambda *operands: 2 * function(*operands) if side == "folded" else function(*operands)), operands
 
     monkeypatch.setattr(bench_models, "compiled", wrong)
     arguments = "--models mobilenet_v1 --modes inference --batch 1 --dtype float32 --size 32 --seconds 0.01"
-    with pytest.raises(SystemExit, match="ours and flax differ"):
+    with pytest.raises(SystemExit, match="folded and flax differ"):
         bench_models.main(arguments.split())
 
 

@@ -137,7 +137,7 @@ def test_activations_move_into_our_layers(conv):
 
 def test_a_block_that_was_not_folded_keeps_its_activation():
     block = models.blocks.ConvNorm(depthwise(activation="relu"), norm(), nnx.relu6)
-    block.fuse_activation()
+    block.fuse()
     assert block.activation is nnx.relu6
 
 

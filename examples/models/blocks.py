@@ -78,20 +78,69 @@ class ConvNorm(nnx.Module):
         self.conv = conv
         self.norm = norm
         self.activation = activation
+        self.as_product = False
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, H, W, C) -> (N, H', W', channels)."""
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None, residual: jax.Array | None = None) -> jax.Array:
+        """(N, H, W, C) -> (N, H', W', channels).
+
+        Args:
+            x: the input.
+            gate: (N, C), factors of x.
+            residual: of the shape of the result, which it is added to. Only without an activation.
+        """
+        if self.as_product:
+            return self._product(x, gate, residual)
+        if gate is not None:
+            x = x * gate[:, None, None]
         x = self.norm(self.conv(x))
-        return x if self.activation is None else self.activation(x)
+        x = x if self.activation is None else self.activation(x)
+        return x if residual is None else residual + x
 
-    def fuse_activation(self) -> None:
-        """Lets the convolution apply the activation, if it can. Only where BatchNorm between the two is folded."""
+    def fuse(self) -> None:
+        """Makes one operation of all of it. Only where BatchNorm is folded.
+
+        A depthwise convolution of ours takes the activation. A dense convolution becomes a matrix product: a GPU gets
+        it without a call of a library that XLA cannot record in a CUDA graph. Parameters take the dtype of the
+        computation, but for biases: these are added in float32.
+        """
         if getattr(self.conv, "activation", self) is None:
             self.conv.activation, self.activation = self.activation, None
+        self.as_product = self.conv.feature_group_count == 1
+        if self.conv.dtype is not None:
+            self.conv.kernel = self.conv.kernel.replace(self.conv.kernel[...].astype(self.conv.dtype))
+
+    def _product(self, x: jax.Array, gate: jax.Array | None, residual: jax.Array | None) -> jax.Array:
+        # Imported here, so that the plain model runs without the plugin.
+        from jax_dwsconv import pointwise_conv2d  # noqa: PLC0415
+
+        kernel, bias = self.conv.kernel[...], self.conv.bias[...]
+        if kernel.shape[:2] != (1, 1):
+            x, kernel = _windows(x.astype(kernel.dtype), kernel, self.conv.strides)
+        return pointwise_conv2d(x, kernel, bias=bias, gate=gate, residual=residual, activation=self.activation)
+
+
+def _windows(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Image and kernel of a pointwise convolution that does the same, with "SAME" padding.
+
+    A pixel becomes all that is under the window; zeros make the number of channels a multiple of 8.
+    """
+    window = kernel.shape[:2]
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    last = [size - extent + 1 for size, extent in zip(x.shape[1:3], window, strict=True)]
+    taps = [
+        x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    missing = -len(kernel) % 8
+    taps.append(jnp.zeros((*taps[0].shape[:3], missing), x.dtype))
+    return jnp.concatenate(taps, axis=-1), jnp.pad(kernel, ((0, missing), (0, 0)))
 
 
 class SqueezeExcite(nnx.Module):
-    """Scales every channel by what a small network makes of the means of all channels."""
+    """Factors of every channel, which a small network makes of the means of all channels."""
 
     def __init__(self, channels: int, reduced: int, activation: Activation, layers: Layers):
         self.reduce = layers.linear(channels, reduced)
@@ -99,9 +148,8 @@ class SqueezeExcite(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, H, W, channels), unchanged in shape."""
-        scale = nnx.sigmoid(self.expand(self.activation(self.reduce(jnp.mean(x, axis=(1, 2))))))
-        return x * scale[:, None, None]
+        """(N, H, W, channels) -> (N, channels)."""
+        return nnx.sigmoid(self.expand(self.activation(self.reduce(jnp.mean(x, axis=(1, 2))))))
 
 
 class Stage(NamedTuple):
@@ -138,10 +186,8 @@ class InvertedResidual(nnx.Module):
         """(N, H, W, in_channels) -> (N, ceil(H / stride), ceil(W / stride), stage.channels)."""
         y = x if self.expand is None else self.expand(x)
         y = self.depthwise(y)
-        if self.squeeze_excite is not None:
-            y = self.squeeze_excite(y)
-        y = self.project(y)
-        return x + y if self.residual else y
+        gate = None if self.squeeze_excite is None else self.squeeze_excite(y)
+        return self.project(y, gate, x if self.residual else None)
 
 
 class InvertedResidualNet(nnx.Module):

@@ -1,0 +1,241 @@
+"""Pointwise (1x1) convolution: a matrix product over the channels, and what precedes and follows it.
+
+It is XLA's matrix product, which XLA records in CUDA graphs and fuses with its neighbours, but for small problems of
+16-bit types on a GPU, where it takes one kernel of ours instead of two to five.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import lax, numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_dwsconv import _arguments, _config, _epilogue, _native, lowering
+from jax_dwsconv._epilogue import Activation
+
+PARTS = ("scale", "bias", "residual", "gate")
+
+
+# Public function ------------------------------------------------------------------------------------------------------
+
+
+def pointwise_conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    gate: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    activation: Activation = None,
+    precision: lax.PrecisionLike = None,
+    data_format: str | None = None,
+    preferred_element_type=None,
+) -> jax.Array:
+    """activation((x * gate) kernel * scale + bias + residual), a matrix product over the channels of each pixel.
+
+    Args:
+      x: (..., H, W, C), or (..., C, H, W) with data_format="NCHW".
+      kernel: (1, 1, C, F), as `flax.nnx.Conv` holds it, or (C, F).
+      scale: (F,) or (), or None.
+      bias: (F,) or (), or None.
+      gate: (..., C), or None: factors of every image and channel, as squeeze-and-excitation has them (Hu, Shen, Sun,
+        "Squeeze-and-Excitation Networks", CVPR 2018). The products are rounded to x's dtype.
+      residual: of the shape and dtype of the result, or None.
+      activation: see `depthwise_conv2d`.
+      precision: of the matrix product, as for `jax.lax.dot_general`.
+      data_format: "NHWC" (the default) or "NCHW".
+      preferred_element_type: dtype of the operands of the matrix product and of the result; by default the promoted
+        dtype of x and kernel. Sums, scale, bias, residual and activation are computed in float32 (float64 for float64).
+
+    Returns:
+      (..., H, W, F) or (..., F, H, W).
+
+    Raises:
+      ValueError, TypeError: a shape or dtype does not fit; the message names the argument.
+    """
+    x = _arguments.floating_array("x", x)
+    kernel = _arguments.floating_array("kernel", kernel)
+    dtype = _arguments.result_dtype(preferred_element_type, x, kernel)
+    channels_last = _arguments.data_format(data_format, 2) == "NHWC"
+    if x.ndim < 3:
+        raise ValueError(f"x must have rank 3 or more, got shape {x.shape}")
+    return pointwise(
+        x.astype(dtype), kernel, scale, bias, gate, residual, activation, precision, channels_last, dtype, prefix=""
+    )
+
+
+def pointwise(x, kernel, scale, bias, gate, residual, activation, precision, channels_last, out_dtype, *, prefix):
+    """As `pointwise_conv2d`, for an x of dtype `out_dtype`; `prefix` goes before the names of arguments in messages."""
+    channel_axis = x.ndim - 1 if channels_last else x.ndim - 3
+    channels = x.shape[channel_axis]
+    if kernel.shape[-2:-1] != (channels,) or kernel.shape[:-2] not in ((), (1, 1)):
+        raise ValueError(
+            f"{prefix}kernel must have shape (1, 1, {channels}, F) or ({channels}, F) for an input with {channels} "
+            f"channels, got {kernel.shape}"
+        )
+    features = kernel.shape[-1]
+    kernel = kernel.reshape(channels, features).astype(out_dtype)
+    others = {
+        "scale": _arguments.channel_vector(f"{prefix}scale", scale, features),
+        "bias": _arguments.channel_vector(f"{prefix}bias", bias, features),
+    }
+    if residual is not None:
+        shape = list(x.shape)
+        shape[channel_axis] = features
+        others["residual"] = _arguments.like_result(f"{prefix}residual", residual, tuple(shape), out_dtype)
+    if gate is not None:
+        others["gate"] = gate = _arguments.floating_array(f"{prefix}gate", gate)
+        shape = (*x.shape[:-3], channels)
+        if gate.shape != shape:
+            raise ValueError(
+                f"{prefix}gate must have shape {shape}, one factor for every image and channel, got {gate.shape}"
+            )
+    others = {name: others[name] for name in PARTS if others.get(name) is not None}
+    params = {
+        "parts": tuple(others),
+        "activation": _epilogue.activation_name(activation),
+        # Now, not where the primitive is lowered: the setting may be a context's.
+        "precision": jax.config.jax_default_matmul_precision if precision is None else precision,
+        "out_dtype": np.dtype(out_dtype),
+    }
+    if channels_last and not _config.disabled() and all(_on_no_mesh(a) for a in (x, kernel, *others.values())):
+        y = _bind_images(x, kernel, others, params)
+    else:
+        y = _in_lax(x, kernel, *others.values(), channel_axis=channel_axis, **params)
+    return _epilogue.apply_unnamed(y, activation)
+
+
+def _on_no_mesh(operand) -> bool:
+    """Where types say how arrays are divided, JAX's own operators know what to do."""
+    return jax.typeof(operand).sharding.mesh.empty
+
+
+def _bind_images(x, kernel, others, params):
+    """With all batch dimensions as one."""
+    batch = x.shape[:-3]
+    flat = {"residual": lambda a: a.reshape(-1, *a.shape[-3:]), "gate": lambda a: a.reshape(-1, a.shape[-1])}
+    others = [flat.get(name, lambda a: a)(a) if len(batch) != 1 else a for name, a in others.items()]
+    images = x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-3:])
+    y = pointwise_p.bind(images, kernel, *_in_accumulator(params, others), **params)
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
+
+
+def _in_accumulator(params, others):
+    """scale and bias as the kernel takes them."""
+    dtype = _epilogue.accumulator_dtype(params["out_dtype"])
+    names = zip(params["parts"], others, strict=True)
+    return [a.astype(dtype) if name in ("scale", "bias") else a for name, a in names]
+
+
+# In JAX's own operators -----------------------------------------------------------------------------------------------
+
+
+def _in_lax(x, kernel, *others, parts, activation, precision, out_dtype, channel_axis=3):
+    value = dict(zip(parts, others, strict=True))
+    accumulator = _epilogue.accumulator_dtype(out_dtype)
+    if "gate" in parts:
+        spatial = tuple(axis for axis in range(x.ndim - 3, x.ndim) if axis != channel_axis)
+        factors = jnp.expand_dims(value["gate"].astype(accumulator), spatial)
+        x = (x.astype(accumulator) * factors).astype(out_dtype)
+    contract = (((channel_axis,), (0,)), ((), ()))
+    y = lax.dot_general(x, kernel, contract, precision=precision, preferred_element_type=accumulator)
+    y = jnp.moveaxis(y, -1, channel_axis)
+    epilogue = (value.get(name) for name in ("scale", "bias", "residual"))
+    return _epilogue.apply(y, *epilogue, activation, channel_axis, out_dtype)
+
+
+# The primitive --------------------------------------------------------------------------------------------------------
+#
+# pointwise(x, kernel, *others): x (N, H, W, C), kernel (C, F), `parts` names the others. Its value is that of the
+# kernel with and without a derivative; everything else is that of the composition above.
+
+
+def _abstract_eval(x, kernel, *others, **params):
+    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, *others)]
+    result = jax.eval_shape(functools.partial(_in_lax, **params), *operands)
+    return x.update(shape=result.shape, dtype=result.dtype, weak_type=False)
+
+
+def _jvp(primals, tangents, **params):
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def of_moving(*operands):
+        everything = list(primals)
+        for i, operand in zip(moving, operands, strict=True):
+            everything[i] = operand
+        return _in_lax(*everything, **params)
+
+    _, dy = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+    return pointwise_p.bind(*primals, **params), dy
+
+
+def _batch(operands, axes, *, parts, **params):
+    names = ("x", "kernel", *parts)
+    mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
+    if not mapped.keys() <= {"x", "residual", "gate"}:
+        return jax.vmap(functools.partial(_in_lax, parts=parts, **params), axes)(*operands), 0
+    size = next(operands[names.index(name)].shape[axis] for name, axis in mapped.items())
+
+    def fold(name, operand):
+        if name not in ("x", "residual", "gate"):
+            return operand
+        axis = mapped.get(name)
+        whole = jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
+        return whole.reshape(size * whole.shape[1], *whole.shape[2:])
+
+    y = pointwise_p.bind(*map(fold, names, operands), parts=parts, **params)
+    return y.reshape(size, y.shape[0] // size if size else operands[0].shape[0], *y.shape[1:]), 0
+
+
+pointwise_p = Primitive("dwsconv_pointwise")
+pointwise_p.def_abstract_eval(_abstract_eval)
+pointwise_p.def_impl(jax.jit(pointwise_p.bind, static_argnames=("parts", "activation", "precision", "out_dtype")))
+ad.primitive_jvps[pointwise_p] = _jvp
+batching.primitive_batchers[pointwise_p] = _batch
+
+
+# Lowering -------------------------------------------------------------------------------------------------------------
+
+
+def pays(pixels: int, channels: int, features: int) -> bool:
+    """Whether our kernel is expected to be faster than XLA's matrix product and what XLA makes of the rest, on an H100.
+
+    That is so where the result is small: there XLA divides the channels and adds up in further kernels, or leaves what
+    follows to another. docs/performance.md has the measurements.
+    """
+    return channels >= 32 and pixels * features <= 200_000 and pixels * channels * features <= 1.5e8
+
+
+def _has_kernel(ctx, parts, out_dtype) -> bool:
+    x, kernel, *others = ctx.avals_in
+    if out_dtype not in (jnp.bfloat16, jnp.float16) or getattr(ctx.module_context.axis_context, "num_devices", 0) != 1:
+        return False
+    if not all(isinstance(d, int) for d in x.shape) or x.shape[3] % 8 != 0 or kernel.shape[1] % 4 != 0:
+        return False
+    dtypes = {a.dtype for name, a in zip(parts, others, strict=True) if name in ("residual", "gate")}
+    if dtypes | {x.dtype, kernel.dtype} != {out_dtype} or not pays(math.prod(x.shape[:3]), *kernel.shape):
+        return False
+    return _native.why_unavailable("cuda") is None and _newest_capability() >= (8, 0)
+
+
+def _newest_capability() -> tuple[int, int]:
+    """Of the least capable GPU here; (0, 0) where there is none, since the code may be for any."""
+    return min(_native.load("cuda").device_capabilities(), default=(0, 0))
+
+
+def _lower_for_cuda(ctx, *operands, parts, activation, precision, out_dtype):
+    if not _has_kernel(ctx, parts, out_dtype):
+        params = {"parts": parts, "activation": activation, "precision": precision, "out_dtype": out_dtype}
+        return mlir.lower_fun(functools.partial(_in_lax, **params), multiple_results=False)(ctx, *operands)
+    dtypes = {part: np.dtype(np.float32) if part in ("scale", "bias") else out_dtype for part in PARTS}
+    ctx, operands = lowering.with_empty(ctx, operands, parts, dtypes)
+    attributes = {"activation": activation or "none", "since": _native.SINCE["pointwise"]}
+    return jax.ffi.ffi_lowering(_native.TARGETS["pointwise"])(ctx, *operands, **attributes)
+
+
+mlir.register_lowering(pointwise_p, mlir.lower_fun(_in_lax, multiple_results=False))
+mlir.register_lowering(pointwise_p, _lower_for_cuda, platform="cuda")
