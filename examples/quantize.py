@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import classify
@@ -21,6 +22,7 @@ try:
     import latency
     import numpy as np
     import serve
+    from flax import nnx
     from models import compiled, folded, quantization
     from models.efficientnet import IMAGE_SIZE
     from models.quantization import Network, NetworkError
@@ -93,6 +95,11 @@ def compare_crops(reference: Model, int8: Model, count: int) -> bool:
     return agrees
 
 
+def size(tree: Any) -> float:
+    """Of all arrays, in MB."""
+    return sum(a.nbytes for a in jax.tree.leaves(tree)) / 1e6
+
+
 def positive(text: str) -> int:
     """An argument that counts something."""
     number = int(text)
@@ -146,13 +153,13 @@ def run(options: argparse.Namespace) -> int:
         serve.write(options.output, quantization.to_bytes(network))
         print(f"  written to {options.output}")
     int8 = quantization.compiled(network)
-    forms = {
-        "float32": compiled(folded(load_pretrained("ours"))),
-        "bfloat16": compiled(folded(load_pretrained("ours", jnp.bfloat16))),
-        "int8": int8,
+    models = {
+        "float32": folded(load_pretrained("ours")),
+        "bfloat16": folded(load_pretrained("ours", jnp.bfloat16)),
     }
-    floats, integers = (sum(a.nbytes for a in jax.tree.leaves(forms[name].args)) for name in ("float32", "int8"))
-    print(f"  parameters: float32 {floats / 1e6:.1f} MB, int8 {integers / 1e6:.1f} MB", flush=True)
+    sizes = {name: size(nnx.state(model)) for name, model in models.items()} | {"int8": size(network.arrays)}
+    print("  parameters: " + ", ".join(f"{name} {megabytes:.1f} MB" for name, megabytes in sizes.items()), flush=True)
+    forms = {name: compiled(model) for name, model in models.items()} | {"int8": int8}
     agreed = compare_photographs(forms["float32"], int8)
     agreed = compare_crops(forms["float32"], int8, options.crops) and agreed
     x = random_crops(held_out=True, count=max(options.batch, default=0))

@@ -15,7 +15,7 @@ an error of few taps does not average out.
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -97,9 +97,9 @@ def run(layers: tuple[Layer, ...], arrays: Mapping[str, Mapping[str, jax.Array]]
     return x
 
 
-def compiled(network: Network) -> functools.partial[jax.Array]:
-    """The network as a function of the images alone, `partial(jitted, arrays)`."""
-    return functools.partial(jax.jit(functools.partial(run, network.layers)), network.arrays)
+def compiled(network: Network) -> Callable[[jax.Array], jax.Array]:
+    """The network as a jitted function of the images alone, its arrays constant as in `models.compiled`."""
+    return jax.jit(lambda x: run(network.layers, network.arrays, x))
 
 
 def _depthwise(layer, arrays, x, results):
@@ -204,7 +204,7 @@ def calibrate(model: nnx.Module, images: np.ndarray, percentile: float = 100.0) 
     """The range of what enters each layer, for `quantize`.
 
     Args:
-        model: in inference mode.
+        model: as it was trained. It is not changed.
         images: (N, H, W, 3), floating, as the model takes them.
         percentile: the ends of a range are this percentile and its opposite, 100 for the least and the largest number.
             With less the outliers are clipped, and all others get a finer scale.
@@ -220,6 +220,8 @@ def calibrate(model: nnx.Module, images: np.ndarray, percentile: float = 100.0) 
     if not 50 < percentile <= 100:
         raise NetworkError(f"percentile must be above 50 and at most 100, got {percentile}")
     names = [*(step.name for step in _steps(model)), "mean", "classifier"]
+    model = nnx.clone(model)
+    model.eval()
     graphdef, state = nnx.split(model)
     batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
@@ -368,13 +370,14 @@ def _rounded(real, bias, x_scale, mean, largest_skip):
 
 
 def to_bytes(network: Network) -> bytes:
-    """The content of a safetensors file: the arrays as `layer.array`, and the layers as JSON in its metadata."""
+    """The content of a safetensors file: the arrays as `layer.array`, and the layers as JSON in the metadata."""
     from safetensors import numpy as safetensors  # noqa: PLC0415  (nothing else needs it)
 
     tensors = {
         f"{layer}.{name}": np.asarray(a) for layer, arrays in network.arrays.items() for name, a in arrays.items()
     }
-    return safetensors.save(tensors, {"format": _FORMAT, "layers": json.dumps(network.layers)})
+    # One entry: the order of several is not always the same.
+    return safetensors.save(tensors, {"network": json.dumps({"format": _FORMAT, "layers": network.layers})})
 
 
 def load(path: Path) -> Network:
@@ -393,18 +396,19 @@ def load(path: Path) -> Network:
         raise NetworkError(f"{path}: cannot read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise NetworkError(f"{path}: not a safetensors file: {error}") from None
-    if metadata.get("format") != _FORMAT:
-        raise NetworkError(f"{path}: its format is {metadata.get('format')!r}, and must be {_FORMAT!r}")
     arrays: dict[str, dict[str, jax.Array]] = {}
     for name, tensor in tensors.items():
         layer, _, array = name.rpartition(".")
         arrays.setdefault(layer, {})[array] = jnp.asarray(tensor)
     try:
-        layers = tuple(Layer(*fields)._replace(clamp=tuple(fields[5])) for fields in json.loads(metadata["layers"]))
+        description = json.loads(metadata["network"])
+        if description["format"] != _FORMAT:
+            raise ValueError(f"of another format, {description['format']!r}")
+        layers = tuple(Layer(*fields)._replace(clamp=tuple(fields[5])) for fields in description["layers"])
         image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
         logits = jax.eval_shape(functools.partial(run, layers), arrays, image)
     except (ValueError, TypeError, LookupError) as error:
-        raise NetworkError(f"{path}: its arrays and layers make no network: {error!r}"[:200]) from None
+        raise NetworkError(f"{path}: it holds no int8 network: {error!r}"[:200]) from None
     if logits.ndim != 2 or logits.dtype != jnp.float32:
         raise NetworkError(f"{path}: its network gives {logits.dtype} {logits.shape}, and no logits")
     return Network(arrays, layers)
