@@ -77,7 +77,8 @@ class Network(NamedTuple):
 
     Attributes:
         arrays: by the name of the layer its "kernel" (int8), "bias" (int32), "scale" (float32) and, where something is
-            added, "skip_scale" (float32); under "image" the "scale" of the images.
+            added, "skip_scale" (float32); under "image" the "scale" of the images. All but depthwise biases hold what
+            the zero point of the input contributes.
         layers: in the order of computation.
     """
 
@@ -120,7 +121,7 @@ def _dense(layer, arrays, x, results):
     kernel = arrays["kernel"]
     x = _windows(x, kernel.shape[:2], layer.stride, layer.x_zero_point)
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    sums = quantized.pointwise_conv(x, kernel, bias=arrays["bias"], x_zero_point=layer.x_zero_point)
+    sums = quantized.pointwise_conv(x, kernel, bias=arrays["bias"])
     if layer.skip:
         skip = quantized.dequantize(results[layer.skip], arrays["skip_scale"], layer.skip_zero_point)
         sums += jnp.round(skip).astype(jnp.int32)
@@ -135,8 +136,8 @@ def _mean(layer, arrays, x, results):
 
 
 def _logits(layer, arrays, x, results):
-    del results
-    sums = quantized.pointwise_conv(x, arrays["kernel"], bias=arrays["bias"], x_zero_point=layer.x_zero_point)
+    del layer, results
+    sums = quantized.pointwise_conv(x, arrays["kernel"], bias=arrays["bias"])
     return quantized.dequantize(sums, arrays["scale"])
 
 
@@ -322,7 +323,10 @@ def quantize(model: nnx.Module, ranges: Mapping[str, Range]) -> Network:
         skip = names[names.index(step.skip) + 1] if step.skip else None  # what it enters
         skip_scale, skip_zero_point = encodings[skip] if skip else (0.0, 0)
         scale, zero_point = encodings[following]
-        arrays[step.name], x_scale = _parameters(conv, encodings[step.name][0], ranges[step.name], 255 * skip_scale)
+        x_scale, x_zero_point = encodings[step.name]
+        kind = "dense" if conv.feature_group_count == 1 else "depthwise"
+        offset = x_zero_point if kind == "dense" else 0
+        arrays[step.name], x_scale = _parameters(conv, x_scale, offset, ranges[step.name], 255 * skip_scale)
         if skip:
             arrays[step.name]["skip_scale"] = skip_scale / x_scale
         arrays[step.name]["scale"] = x_scale / scale
@@ -330,9 +334,9 @@ def quantize(model: nnx.Module, ranges: Mapping[str, Range]) -> Network:
         layers.append(
             Layer(
                 step.name,
-                "dense" if conv.feature_group_count == 1 else "depthwise",
+                kind,
                 conv.strides[0] if isinstance(conv.strides, tuple) else conv.strides,
-                encodings[step.name][1],
+                x_zero_point,
                 zero_point,
                 tuple(int(np.clip(np.rint(limit), -128, 127)) for limit in limits),
                 step.skip,
@@ -341,21 +345,21 @@ def quantize(model: nnx.Module, ranges: Mapping[str, Range]) -> Network:
         )
     (mean_scale, mean_zero_point), (x_scale, x_zero_point) = encodings["mean"], encodings["classifier"]
     arrays["mean"] = {"scale": jnp.float32(mean_scale / x_scale)}
-    arrays["classifier"], scale = _parameters(model.classifier, x_scale, ranges["classifier"])
+    arrays["classifier"], scale = _parameters(model.classifier, x_scale, x_zero_point, ranges["classifier"])
     arrays["classifier"]["scale"] = scale
     layers.append(Layer("mean", "mean", x_zero_point=mean_zero_point, out_zero_point=x_zero_point))
     layers.append(Layer("classifier", "logits", x_zero_point=x_zero_point))
     return Network(arrays, tuple(layers))
 
 
-def _parameters(layer, x_scale: float, entering: Range, largest_skip: float = 0.0):
-    """Kernel and bias of a layer, and the scales of its sums."""
+def _parameters(layer, x_scale: float, x_zero_point: int, entering: Range, largest_skip: float = 0.0):
+    """Kernel and bias of a layer, and the scales of its sums of x, not x - x_zero_point, times kernel."""
     _, _, mean, *_ = (*entering, None)
-    return _rounded(layer.kernel[...], layer.bias[...], x_scale, mean, largest_skip)
+    return _rounded(layer.kernel[...], layer.bias[...], x_scale, x_zero_point, mean, largest_skip)
 
 
 @jax.jit
-def _rounded(real, bias, x_scale, mean, largest_skip):
+def _rounded(real, bias, x_scale, x_zero_point, mean, largest_skip):
     # Channels that training has switched off have tiny kernels, but not tiny biases.
     least = jnp.maximum(jnp.abs(bias), largest_skip) / (x_scale * LARGEST_INTEGER)
     kernel, scale = quantized.quantize_kernel(real, least)
@@ -363,7 +367,8 @@ def _rounded(real, bias, x_scale, mean, largest_skip):
         error = (quantized.dequantize(kernel, scale) - real).reshape(-1, *real.shape[-2:]).sum(0)  # (C or 1, F)
         bias -= (mean * error if len(error) == 1 else mean @ error).ravel()
     scale *= x_scale
-    return {"kernel": kernel, "bias": jnp.round(bias / scale).astype(jnp.int32)}, scale
+    offset = x_zero_point * kernel.sum(range(kernel.ndim - 1), dtype=jnp.int32)
+    return {"kernel": kernel, "bias": jnp.round(bias / scale).astype(jnp.int32) - offset}, scale
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
