@@ -213,10 +213,13 @@ void RunGradFilter(const Problem& p, const void* x_data, const void* g_data, voi
   });
   WithStorageType<A>(p.filter_dtype, [&](auto tag) {
     auto* to = static_cast<decltype(tag)*>(result);
-    ForEachFilterElement(p, [&](int64_t at, int64_t offset) {
-      A total = 0;
-      for (int64_t part = 0; part < cut.parts; ++part) total += partial.get()[part * size + at];
-      StoreOne<A>(to + offset, total);
+    ForEachTap(p, [&](int64_t tap, int64_t offset) {
+      for (int64_t c = 0; c < p.out_channels(); ++c) {
+        A total = 0;
+        for (int64_t part = 0; part < cut.parts; ++part)
+          total += partial.get()[part * size + tap * p.out_channels() + c];
+        StoreOne<A>(to + offset + c * p.filter.c, total);
+      }
     });
   });
 }

@@ -143,6 +143,18 @@ class Buffer {
   T* data_;
 };
 
+// The line of element base[offset], which need not exist.
+template <bool kToWrite, class T>
+DWSCONV_INLINE void Prefetch(const T* base, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset * sizeof(T)), kToWrite,
+                     2);
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 DWSCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 DWSCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 DWSCONV_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
