@@ -24,21 +24,32 @@ class PoolParallel final : public Parallel {
       for (int64_t i = 0; i < count; ++i) task(context, i);
       return;
     }
-    auto work = std::make_shared<Work>(count, task, context);
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([work] { work->Help(); });
-    work->Help();
+    auto work = std::make_shared<Work>(count, helpers + 1, task, context);
+    for (int64_t i = 1; i <= helpers; ++i) pool_.Schedule([work, i] { work->Help(i); });
+    work->Help(0);
     work->Wait();
   }
 
  private:
+  // Every thread has a range of consecutive tasks, which share data in its cache and new pages of memory with nobody;
+  // who has finished takes from the others' ranges.
   class Work {
    public:
-    Work(int64_t count, void (*task)(void*, int64_t), void* context) : count_(count), task_(task), context_(context) {}
+    Work(int64_t count, int64_t threads, void (*task)(void*, int64_t), void* context)
+        : count_(count), threads_(threads), task_(task), context_(context), ranges_(new Range[threads]) {
+      for (int64_t t = 0; t < threads; ++t) {
+        ranges_[t].next = count * t / threads;
+        ranges_[t].end = count * (t + 1) / threads;
+      }
+    }
 
     // A helper that comes after the last task was taken touches neither task nor context, which may be gone by then.
-    void Help() {
+    void Help(int64_t thread) {
       int64_t done = 0;
-      for (int64_t i = next_++; i < count_; i = next_++, ++done) task_(context_, i);
+      for (int64_t t = 0; t < threads_; ++t) {
+        Range& range = ranges_[(thread + t) % threads_];
+        for (int64_t i = range.next++; i < range.end; i = range.next++, ++done) task_(context_, i);
+      }
       if (done == 0) return;
       std::lock_guard<std::mutex> lock(mutex_);
       finished_ += done;
@@ -51,10 +62,15 @@ class PoolParallel final : public Parallel {
     }
 
    private:
-    const int64_t count_;
+    struct alignas(64) Range {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+
+    const int64_t count_, threads_;
     void (*const task_)(void*, int64_t);
     void* const context_;
-    std::atomic<int64_t> next_{0};
+    const std::unique_ptr<Range[]> ranges_;
     std::mutex mutex_;
     std::condition_variable all_finished_;
     int64_t finished_ = 0;
