@@ -20,6 +20,7 @@ const Kernels& BestKernels() {
       __builtin_cpu_supports("avx512vl")) {
     return avx512::kKernels;
   }
+  // Every processor with AVX2 has F16C too.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels;
 #endif
   return portable::kKernels;

@@ -270,7 +270,7 @@ void ReusingRows(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringT
     for (int64_t c = 0; c < channels; c += kVector) {
       const int64_t start = Min(c, channels - kVector);  // the last vector overlaps its neighbour
       if (prefetch) PrefetchTileBelow<A, S, R, kTaps, kStep>(g, taps, q, start, result);
-      if (inside) {
+      if (kInsideApart<S> && inside) {
         ReusingTile<A, S, R, kTaps, kStep, true>(g, taps, columns, first, start, count, result);
       } else {
         ReusingTile<A, S, R, kTaps, kStep, false>(g, taps, columns, first, start, count, result);

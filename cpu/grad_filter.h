@@ -159,7 +159,7 @@ void SumTiles(const Problem& p, const Piece& piece, bool prefetch, int64_t skip,
           for (int t = 0; t < T::kColumns; ++t) Prefetch<false>(g, (row + rows_ahead) * p.y.h + (ow + t) * p.y.w);
         }
         const G* grad = g + row * p.y.h + ow * p.y.w;
-        if (first >= 0 && first + T::kSources <= p.in_w && ow + T::kColumns <= piece.end) {
+        if (kInsideApart<X> && first >= 0 && first + T::kSources <= p.in_w && ow + T::kColumns <= piece.end) {
           AddColumns<A, X, G, kTaps, kStep, true>(p, rows, first, grad, T::kColumns, sums);
         } else {
           AddColumns<A, X, G, kTaps, kStep, false>(p, rows, first, grad, piece.end - ow, sums);
