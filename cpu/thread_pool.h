@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "cpu/parallel.h"
+#include "cpu/standby.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dwsconv::cpu {
@@ -25,9 +26,15 @@ class PoolParallel final : public Parallel {
       return;
     }
     auto work = std::make_shared<Work>(count, helpers + 1, task, context);
-    for (int64_t i = 1; i <= helpers; ++i) pool_.Schedule([work, i] { work->Help(i); });
+    Standby& standby = Standby::Get();
+    standby.Begin();
+    for (int64_t i = 1; i <= helpers; ++i) {
+      const Standby::Job help = [work, i] { work->Help(i); };
+      if (!standby.TryGive(help)) pool_.Schedule([&standby, help] { standby.Run(help); });
+    }
     work->Help(0);
     work->Wait();
+    standby.End();
   }
 
  private:
@@ -57,6 +64,7 @@ class PoolParallel final : public Parallel {
     }
 
     void Wait() {
+      if (SpinUntil([this] { return finished_ == count_; })) return;
       std::unique_lock<std::mutex> lock(mutex_);
       all_finished_.wait(lock, [this] { return finished_ == count_; });
     }
@@ -73,7 +81,7 @@ class PoolParallel final : public Parallel {
     const std::unique_ptr<Range[]> ranges_;
     std::mutex mutex_;
     std::condition_variable all_finished_;
-    int64_t finished_ = 0;
+    std::atomic<int64_t> finished_{0};
   };
 
   xla::ffi::ThreadPool& pool_;
