@@ -4,6 +4,7 @@
 #include "cpu/forward.h"
 #include "cpu/grad_filter.h"
 #include "cpu/grad_input.h"
+#include "cpu/peak.h"
 
 #define DWSCONV_STRING(name) #name
 #define DWSCONV_NAME(name) DWSCONV_STRING(name)
@@ -11,6 +12,6 @@
 namespace dwsconv::cpu::DWSCONV_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, FusedForward, GradInput, GradFilter};
+const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, FusedForward, GradInput, GradFilter, MultiplyAdd};
 
 }  // namespace dwsconv::cpu::DWSCONV_ISA

@@ -16,6 +16,7 @@ struct Kernels {
   bool (*fused_forward)(const Problem&, const Epilogue&, const void* x, const void* filter, void* y, Parallel&);
   bool (*grad_input)(const Problem&, const void* y_cotangent, const void* filter, void* x_cotangent, Parallel&);
   bool (*grad_filter)(const Problem&, const void* x, const void* y_cotangent, void* filter_cotangent, Parallel&);
+  int64_t (*multiply_add)(int64_t rounds, float* value);
 };
 
 // The fastest set that this processor can run.
