@@ -19,6 +19,9 @@ struct Kernels {
   int64_t (*multiply_add)(int64_t rounds, float* value);
 };
 
+// The sets that this processor can run, the fastest first, and a null pointer.
+const Kernels* const* UsableKernels();
+
 // The fastest set that this processor can run.
 const Kernels& BestKernels();
 

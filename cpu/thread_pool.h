@@ -9,15 +9,15 @@
 
 #include "cpu/parallel.h"
 #include "cpu/standby.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace dwsconv::cpu {
 
 // The calling thread works too and waits only for tasks that other threads have begun. It never waits for a thread that
 // has yet to come, so handlers that fill the whole pool cannot block one another.
+template <class Pool>  // xla::ffi::ThreadPool, or what has its functions
 class PoolParallel final : public Parallel {
  public:
-  explicit PoolParallel(xla::ffi::ThreadPool& pool) : pool_(pool) {}
+  explicit PoolParallel(Pool& pool) : pool_(pool) {}
 
   void Run(int64_t count, void (*task)(void*, int64_t), void* context) override {
     const int64_t helpers = count < pool_.num_threads() ? count - 1 : pool_.num_threads() - 1;
@@ -84,7 +84,7 @@ class PoolParallel final : public Parallel {
     std::atomic<int64_t> finished_{0};
   };
 
-  xla::ffi::ThreadPool& pool_;
+  Pool& pool_;
 };
 
 }  // namespace dwsconv::cpu
