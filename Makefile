@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint    Each makes its own environment in .venv, builds where sources changed, and runs.
+# make demo | test | test-all | lint | sanitize    Each makes its own environment in .venv, builds where sources changed, and runs.
 # PYTHON=python3.12 picks the interpreter. JAX_DWSCONV_CUDA=OFF builds for the CPU only even where there is an nvcc.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 GPU_DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
 JAX := $(if $(GPU_DRIVER),$(if $(shell [ $(GPU_DRIVER) -ge 580 ] && echo yes),jax[cuda13],jax[cuda12]))
 
-.PHONY: demo test test-all lint site-packages clean
+.PHONY: demo test test-all lint sanitize site-packages clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -31,7 +31,16 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard cpu/*.h cpu/*.cc cuda/*.h cuda/*.cc cuda/*.cu cuda/*.cuh)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard cpu/*.h cpu/*.cc cuda/*.h cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.cc)
+
+# The CPU kernels and their threads under the sanitizers.
+sanitize: $(VENV)/.python
+	$(PIP) install cmake ninja
+	for sanitizers in address,undefined thread; do \
+	  build=build/sanitize-$${sanitizers%,*}; \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" cmake -G Ninja -S . -B $$build -DJAX_DWSCONV_SANITIZE=$$sanitizers && \
+	  $(VENV)/bin/ninja -C $$build && $$build/cpu/sanitize || exit 1; \
+	done
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

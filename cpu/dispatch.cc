@@ -14,15 +14,25 @@ extern const Kernels kKernels;
 }
 #endif
 
-const Kernels& BestKernels() {
+const Kernels* const* UsableKernels() {
+  static const Kernels* usable[4] = {};
+  static const bool found = [] {
+    const Kernels** next = usable;
 #ifdef JAX_DWSCONV_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return avx512::kKernels;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      *next++ = &avx512::kKernels;
+    }
+    // Every processor with AVX2 has F16C too.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *next++ = &avx2::kKernels;
 #endif
-  return portable::kKernels;
+    *next++ = &portable::kKernels;
+    return true;
+  }();
+  static_cast<void>(found);
+  return usable;
 }
+
+const Kernels& BestKernels() { return *UsableKernels()[0]; }
 
 }  // namespace dwsconv::cpu

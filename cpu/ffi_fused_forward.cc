@@ -13,6 +13,7 @@ static ffi::Error FusedForwardImpl(ffi::ThreadPool pool, ffi::Dictionary attrs, 
   const auto epilogue = DecodeEpilogue("fused_forward", problem->out_channels(), attrs, scale, bias, residual, *y);
   if (!epilogue) return epilogue.error();
   if (y->element_count() == 0) return ffi::Error::Success();
+  PreferHugePages(y->untyped_data(), y->size_bytes());
   PoolParallel parallel(pool);
   const bool has_instance = BestKernels().fused_forward(*problem, *epilogue, x.untyped_data(), filter.untyped_data(),
                                                         y->untyped_data(), parallel);

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #include "cuda/ffi_problem.h"
@@ -26,6 +27,7 @@ inline xla::ffi::Error RunKernel(const char* op, Kernel kernel, xla::ffi::Thread
   const auto problem = DecodeProblem(op, attrs, x, filter, y);
   if (!problem) return problem.error();
   if (result.element_count() == 0) return xla::ffi::Error::Success();
+  PreferHugePages(result.untyped_data(), result.size_bytes());
   PoolParallel parallel(pool);
   const bool has_instance = kernel(*problem, a.untyped_data(), b.untyped_data(), result.untyped_data(), parallel);
   return has_instance ? xla::ffi::Error::Success() : NoInstance(op);

@@ -8,18 +8,12 @@
 
 namespace dwsconv::cpu::DWSCONV_ISA {
 
-// Calls visit(position in packed order, element offset in the filter's own order) for every element.
-template <class Visit>
-DWSCONV_INLINE void ForEachFilterElement(const Problem& p, const Visit& visit) {
-  int64_t packed = 0;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
-      for (int64_t j = 0; j < p.kernel_w; ++j) {
-        const int64_t tap = g * p.filter.n + i * p.filter.h + j * p.filter.w;
-        for (int64_t c = 0; c < p.out_channels(); ++c) visit(packed++, tap + c * p.filter.c);
-      }
-    }
-  }
+inline int64_t FilterTaps(const Problem& p) { return p.groups * p.kernel_h * p.kernel_w; }
+
+// Where, in the filter's own order, the channels of one of the FilterTaps begin.
+DWSCONV_INLINE int64_t TapOffset(const Problem& p, int64_t tap) {
+  const int64_t row = tap / p.kernel_w;
+  return row / p.kernel_h * p.filter.n + row % p.kernel_h * p.filter.h + tap % p.kernel_w * p.filter.w;
 }
 
 // Calls visit(T{}) with the storage type T of a dtype whose accumulator is A.
@@ -32,18 +26,30 @@ DWSCONV_INLINE void WithStorageType(Dtype dtype, const Visit& visit) {
   visit(A{});
 }
 
+// Channels from one tap of the packed filter to the next. Taps that are a large power of two apart would push each
+// other out of the cache.
+inline int64_t FilterPitch(const Problem& p) { return p.out_channels() + (p.out_channels() % 256 == 0 ? 16 : 0); }
+
 template <class A>
 class PackedFilter {
  public:
   PackedFilter(const Problem& p, const void* filter)
-      : as_is_(p.filter.c == 1 && (p.filter_dtype == Dtype::kF32 || p.filter_dtype == Dtype::kF64)),
+      : as_is_(p.filter.c == 1 && (p.filter_dtype == Dtype::kF32 || p.filter_dtype == Dtype::kF64) &&
+               FilterPitch(p) == p.out_channels()),
         filter_(static_cast<const A*>(filter)),
-        packed_(as_is_ ? 0 : p.filter_elements()) {
+        packed_(as_is_ ? 0 : FilterTaps(p) * FilterPitch(p)) {
     if (as_is_) return;
     WithStorageType<A>(p.filter_dtype, [&](auto tag) {
       const auto* from = static_cast<const decltype(tag)*>(filter);
-      A* to = packed_.get();
-      ForEachFilterElement(p, [&](int64_t at, int64_t offset) { to[at] = LoadOne<A>(from + offset); });
+      for (int64_t tap = 0; tap < FilterTaps(p); ++tap) {
+        const auto* channels = from + TapOffset(p, tap);
+        A* to = packed_.get() + tap * FilterPitch(p);
+        if (p.filter.c == 1) {
+          for (int64_t c = 0; c < p.out_channels(); ++c) to[c] = LoadOne<A>(channels + c);
+        } else {
+          for (int64_t c = 0; c < p.out_channels(); ++c) to[c] = LoadOne<A>(channels + c * p.filter.c);
+        }
+      }
     });
   }
   const A* get() const { return as_is_ ? filter_ : packed_.get(); }

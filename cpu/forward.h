@@ -9,9 +9,9 @@ inline bool RunForward(const Problem& p, const Epilogue* epilogue, const void* x
                        Parallel& parallel) {
   const Axis rows = Axis::Forward(p.kernel_h, p.stride_h, p.dilation_h, p.pad_top, p.out_h);
   const Axis cols = Axis::Forward(p.kernel_w, p.stride_w, p.dilation_w, p.pad_left, p.out_w);
-  const Gather g{p.batch,      p.groups,   p.in_h,     p.in_w,     p.out_h, p.out_w, p.out_channels(),
-                 p.multiplier, /*fold=*/1, p.kernel_h, p.kernel_w, p.x,     p.y,     p.channels_last,
-                 rows,         cols,       epilogue,   y};
+  const Gather g{p.batch,    p.groups,   p.in_h,     p.in_w,         p.out_h, p.out_w, p.out_channels(), p.multiplier,
+                 /*fold=*/1, p.kernel_h, p.kernel_w, FilterPitch(p), p.x,     p.y,     p.channels_last,  rows,
+                 cols,       epilogue,   y};
   return DispatchGather(p, g, p.x_dtype, p.y_dtype, x, filter, y, parallel);
 }
 

@@ -11,6 +11,7 @@
 
 namespace dwsconv::cpu::DWSCONV_ISA {
 
+constexpr int64_t kCachedBytes = 8 << 20;  // what is larger than this comes from memory
 constexpr int64_t kMacsPerTask = 1 << 17;  // below this a task costs less than handing it to another thread
 
 // result[c] sums, over f < fold, filter[c * fold + f] times source[(c * fold + f) / spread]. A convolution spreads each
@@ -19,7 +20,7 @@ struct Gather {
   int64_t images, groups;
   int64_t source_h, source_w, result_h, result_w;
   int64_t result_channels, spread, fold;
-  int64_t kernel_h, kernel_w;
+  int64_t kernel_h, kernel_w, filter_pitch;
   Strides source, result;
   bool channels_last;
   const Axis &rows, &cols;
@@ -32,28 +33,47 @@ struct Gather {
   }
 };
 
-// One row of results: which source rows it reads, with which filter rows.
+// Some result rows of one phase: which source rows they read, in ascending order, and with which filter rows.
 template <class A, class S>
 class RowTaps {
  public:
-  RowTaps(const Gather& g, int64_t row, const S* plane, int64_t row_pitch, const A* filter)
-      : source_(g.kernel_h), filter_(g.kernel_h) {
-    const int64_t phase = row % g.rows.phases(), q = row / g.rows.phases();
+  static constexpr int kMost = 4;  // result rows
+
+  RowTaps(const Gather& g, int64_t row, int64_t rows, const S* plane, int64_t row_pitch, const A* filter)
+      : rows_(rows), sources_(g.kernel_h * rows) {
+    const int64_t phase = row % g.rows.phases(), q = row / g.rows.phases() * g.rows.step();
     for (int64_t i = g.rows.begin(phase); i < g.rows.end(phase); ++i) {
-      const int64_t source_row = q * g.rows.step() + g.rows.offset(i);
-      if (source_row < 0 || source_row >= g.source_h) continue;
-      source_.get()[count_] = plane + source_row * row_pitch;
-      filter_.get()[count_++] = filter + g.rows.tap(i) * g.kernel_w * g.filter_channels();
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t source_row = q + r * g.rows.step() + g.rows.offset(i);
+        if (source_row < 0 || source_row >= g.source_h) continue;
+        At(plane + source_row * row_pitch)->filter[r] = filter + g.rows.tap(i) * g.kernel_w * g.filter_pitch;
+      }
     }
   }
+  int64_t rows() const { return rows_; }
   int64_t count() const { return count_; }
-  const S* source(int64_t i) const { return source_.get()[i]; }
-  const A* filter(int64_t i) const { return filter_.get()[i]; }
+  const S* source(int64_t i) const { return sources_.get()[i].row; }
+  // The filter row that result row r multiplies with source row i, or null.
+  const A* filter(int64_t i, int r = 0) const { return sources_.get()[i].filter[r]; }
 
  private:
-  int64_t count_ = 0;
-  Buffer<const S*> source_;
-  Buffer<const A*> filter_;
+  struct Source {
+    const S* row;
+    const A* filter[kMost];
+  };
+  Source* At(const S* row) {
+    Source* sources = sources_.get();
+    int64_t place = count_;
+    while (place > 0 && sources[place - 1].row >= row) --place;
+    if (place == count_ || sources[place].row != row) {
+      for (int64_t i = count_++; i > place; --i) sources[i] = sources[i - 1];
+      sources[place] = {row, {}};
+    }
+    return sources + place;
+  }
+
+  int64_t rows_, count_ = 0;
+  Buffer<Source> sources_;
 };
 
 // ---- What follows the sums ----
@@ -122,7 +142,7 @@ DWSCONV_INLINE void InteriorTile(const Gather& g, const RowTaps<A, S>& taps, int
     const S* source = taps.source(i) + start;
     const A* filter = taps.filter(i) + c;
     for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
-      const Vec<A> weight = Load<A>(filter + g.cols.tap(j) * g.result_channels);
+      const Vec<A> weight = Load<A>(filter + g.cols.tap(j) * g.filter_pitch);
       const S* p = source + g.cols.offset(j) * g.source.w;
 #pragma GCC unroll 16
       for (int t = 0; t < kColumns; ++t) sum[t] += weight * Load<A>(p + t * column);
@@ -139,7 +159,7 @@ void BorderTile(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
     const int64_t column = q * g.cols.step() + g.cols.offset(j);
     if (column < 0 || column >= g.source_w) continue;
     for (int64_t i = 0; i < taps.count(); ++i) {
-      sum[0] += Load<A>(taps.filter(i) + g.cols.tap(j) * g.result_channels + c) *
+      sum[0] += Load<A>(taps.filter(i) + g.cols.tap(j) * g.filter_pitch + c) *
                 Load<A>(taps.source(i) + column * g.source.w + c);
     }
   }
@@ -158,7 +178,7 @@ class NeighbouringTaps {
     for (int64_t j = begin; j < begin + count_; ++j) {
       const int64_t place = g.cols.offset(j) - first_;
       if (place < 0 || place >= count_) return;  // dilated
-      weights_[place] = g.cols.tap(j) * g.result_channels;
+      weights_[place] = g.cols.tap(j) * g.filter_pitch;
     }
     neighbours_ = count_ == 1 || Max(a, b) - first_ == count_ - 1;
   }
@@ -172,45 +192,85 @@ class NeighbouringTaps {
   bool neighbours_ = false;
 };
 
-constexpr int kTileColumns = DWSCONV_VECTOR_BYTES == 64 ? 8 : 4;  // as many as there are registers for
+// Results of kRows rows and kColumns columns, as many as there are registers for. With few taps memory is the limit,
+// and higher tiles read it less often.
+template <int kTaps, int kStep>
+struct Tile {
+  static constexpr bool kManyRegisters = DWSCONV_VECTOR_BYTES == 64, kHigh = kTaps <= 3 || kStep > 1;
+  static constexpr int kRows = kManyRegisters ? (kHigh ? 4 : 2) : (kTaps + kStep <= 4 ? 2 : 1);
+  static constexpr int kColumns = kManyRegisters && !kHigh ? 8 : 4;
+  static constexpr int kSources = (kColumns - 1) * kStep + kTaps;  // columns
+};
 
-// kTileColumns neighbouring results times one vector of channels, of which `count` exist. The source columns of a row
-// are loaded once and serve all taps; outside the image they are zero.
+// The results of a tile times one vector of channels; those in the first `count` columns exist. The source columns of a
+// row are loaded once and serve all taps and all result rows; outside the image they are zero.
 template <class A, class S, class R, int kTaps, int kStep, bool kInside>
 DWSCONV_INLINE void ReusingTile(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTaps& columns,
                                 int64_t first, int64_t c, int64_t count, R* result) {
-  constexpr int kColumns = (kTileColumns - 1) * kStep + kTaps;
-  Vec<A> sum[kTileColumns] = {};
+  using T = Tile<kTaps, kStep>;
+  Vec<A> sum[T::kRows][T::kColumns] = {};
   for (int64_t i = 0; i < taps.count(); ++i) {
     const S* source = taps.source(i) + first * g.source.w + c;
-    const A* filter = taps.filter(i) + c;
-    Vec<A> in[kColumns];
+    Vec<A> in[T::kSources];
 #pragma GCC unroll 32
-    for (int u = 0; u < kColumns; ++u) {
+    for (int u = 0; u < T::kSources; ++u) {
       const bool inside = kInside || static_cast<uint64_t>(first + u) < static_cast<uint64_t>(g.source_w);
       in[u] = inside ? Load<A>(source + u * g.source.w) : Vec<A>{};
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < T::kRows; ++r) {
+      const A* filter = taps.filter(i, r);
+      if (filter == nullptr) continue;
 #pragma GCC unroll 8
-    for (int j = 0; j < kTaps; ++j) {
-      const Vec<A> weight = Load<A>(filter + columns.weight(j));
+      for (int j = 0; j < kTaps; ++j) {
+        const Vec<A> weight = Load<A>(filter + columns.weight(j) + c);
 #pragma GCC unroll 8
-      for (int t = 0; t < kTileColumns; ++t) sum[t] += weight * in[t * kStep + j];
+        for (int t = 0; t < T::kColumns; ++t) sum[r][t] += weight * in[t * kStep + j];
+      }
     }
   }
-  StoreColumns<A>(g, sum, count, c, result);
+#pragma GCC unroll 4
+  for (int r = 0; r < T::kRows; ++r) {
+    if (r < taps.rows()) StoreColumns<A>(g, sum[r], count, c, result + r * g.rows.phases() * g.result.h);
+  }
+}
+
+// Brings into the cache what the tile below this one reads for the first time, and what it writes. A row of tiles is
+// far too long a jump for the processor's own prefetching.
+template <class A, class S, class R, int kTaps, int kStep>
+DWSCONV_INLINE void PrefetchTileBelow(const Gather& g, const RowTaps<A, S>& taps, int64_t q, int64_t c,
+                                      const R* result) {
+  using T = Tile<kTaps, kStep>;
+  if (taps.count() == 0) return;
+  const S* source = taps.source(taps.count() - 1);
+  for (int64_t r = 1; r <= taps.rows() * g.rows.step(); ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T::kColumns * kStep; ++t) {
+      Prefetch<false>(source, r * g.source.h + (q * kStep + t) * g.source.w + c);
+    }
+  }
+  for (int64_t r = taps.rows(); r < 2 * taps.rows(); ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T::kColumns; ++t) {
+      Prefetch<true>(result, r * g.rows.phases() * g.result.h + t * g.cols.phases() * g.result.w + c);
+    }
+  }
 }
 
 template <class A, class S, class R, int kTaps, int kStep>
-void ReusingRow(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTaps& columns, int64_t results, R* row) {
-  constexpr int64_t kVector = kLanes<A>, kColumns = (kTileColumns - 1) * kStep + kTaps;
+void ReusingRows(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTaps& columns, int64_t results, R* row) {
+  using T = Tile<kTaps, kStep>;
+  constexpr int64_t kVector = kLanes<A>;
   const int64_t channels = g.result_channels;
-  for (int64_t q = 0; q < results; q += kTileColumns) {
+  const bool prefetch = g.images * (g.source.n * sizeof(S) + g.result.n * sizeof(R)) > kCachedBytes;
+  for (int64_t q = 0; q < results; q += T::kColumns) {
     R* result = row + q * g.cols.phases() * g.result.w;
-    const int64_t first = q * kStep + columns.first(), count = Min(kTileColumns, results - q);
-    const bool inside = first >= 0 && first + kColumns <= g.source_w;
+    const int64_t first = q * kStep + columns.first(), count = Min(T::kColumns, results - q);
+    const bool inside = first >= 0 && first + T::kSources <= g.source_w;
     for (int64_t c = 0; c < channels; c += kVector) {
       const int64_t start = Min(c, channels - kVector);  // the last vector overlaps its neighbour
-      if (inside) {
+      if (prefetch) PrefetchTileBelow<A, S, R, kTaps, kStep>(g, taps, q, start, result);
+      if (kInsideApart<S> && inside) {
         ReusingTile<A, S, R, kTaps, kStep, true>(g, taps, columns, first, start, count, result);
       } else {
         ReusingTile<A, S, R, kTaps, kStep, false>(g, taps, columns, first, start, count, result);
@@ -219,21 +279,47 @@ void ReusingRow(const Gather& g, const RowTaps<A, S>& taps, const NeighbouringTa
   }
 }
 
-// Returns false where there is no instance.
-template <class A, class S, class R>
-bool TryReusingRow(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, R* row) {
-  const NeighbouringTaps columns(g, phase);
-  if (!columns.AreNeighbours()) return false;
-  const int64_t results = g.cols.results(phase), taps_and_step = columns.count() * 10 + g.cols.step();
-  switch (taps_and_step) {
-    case 21: ReusingRow<A, S, R, 2, 1>(g, taps, columns, results, row); return true;
-    case 31: ReusingRow<A, S, R, 3, 1>(g, taps, columns, results, row); return true;
-    case 51: ReusingRow<A, S, R, 5, 1>(g, taps, columns, results, row); return true;
-    case 71: ReusingRow<A, S, R, 7, 1>(g, taps, columns, results, row); return true;
-    case 32: ReusingRow<A, S, R, 3, 2>(g, taps, columns, results, row); return true;
-    case 52: ReusingRow<A, S, R, 5, 2>(g, taps, columns, results, row); return true;
+// Calls visit(taps, step), both as constants, and returns true where there is a tile for them.
+template <class Visit>
+DWSCONV_INLINE bool WithTile(int64_t taps, int64_t step, const Visit& visit) {
+  const auto call = [&](auto taps_constant, auto step_constant) {
+    visit(taps_constant, step_constant);
+    return true;
+  };
+  switch (taps * 10 + step) {
+    case 11: return call(Constant<1>{}, Constant<1>{});
+    case 21: return call(Constant<2>{}, Constant<1>{});
+    case 31: return call(Constant<3>{}, Constant<1>{});
+    case 41: return call(Constant<4>{}, Constant<1>{});
+    case 51: return call(Constant<5>{}, Constant<1>{});
+    case 71: return call(Constant<7>{}, Constant<1>{});
+    case 32: return call(Constant<3>{}, Constant<2>{});
+    case 52: return call(Constant<5>{}, Constant<2>{});
+    case 72: return call(Constant<7>{}, Constant<2>{});
     default: return false;
   }
+}
+
+// How many rows of one phase are computed at once: as many as the tiles of every phase along the width have.
+inline int64_t RowsAtOnce(const Gather& g, bool vectors) {
+  int64_t rows = vectors ? Min(RowTaps<float, float>::kMost, g.rows.results(0)) : 1;
+  for (int64_t phase = 0; phase < g.cols.phases() && rows > 1; ++phase) {
+    const NeighbouringTaps columns(g, phase);
+    const bool found = columns.AreNeighbours() && WithTile(columns.count(), g.cols.step(), [&](auto taps, auto step) {
+                         rows = Min(rows, Tile<taps.value, step.value>::kRows);
+                       });
+    if (!found) rows = 1;
+  }
+  return rows;
+}
+
+// Returns false where there is no tile.
+template <class A, class S, class R>
+bool TryReusingRows(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, R* row) {
+  const NeighbouringTaps columns(g, phase);
+  return columns.AreNeighbours() && WithTile(columns.count(), g.cols.step(), [&](auto count, auto step) {
+           ReusingRows<A, S, R, count.value, step.value>(g, taps, columns, g.cols.results(phase), row);
+         });
 }
 
 // One result element, for channel multipliers and for fewer channels than lanes.
@@ -245,7 +331,7 @@ void OneElement(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
     if (column < 0 || column >= g.source_w) continue;
     for (int64_t i = 0; i < taps.count(); ++i) {
       for (int64_t f = c * g.fold; f < (c + 1) * g.fold; ++f) {
-        sum += taps.filter(i)[g.cols.tap(j) * g.filter_channels() + f] *
+        sum += taps.filter(i)[g.cols.tap(j) * g.filter_pitch + f] *
                LoadOne<A>(taps.source(i) + column * g.source.w + f / g.spread);
       }
     }
@@ -257,15 +343,15 @@ void OneElement(const Gather& g, const RowTaps<A, S>& taps, int64_t phase, int64
   }
 }
 
+// The rows of `taps`, which are more than one only where there are tiles for every phase.
 template <class A, class S, class R>
-void GatherRow(const Gather& g, const RowTaps<A, S>& taps, R* row) {
+void GatherRows(const Gather& g, const RowTaps<A, S>& taps, bool vectors, R* row) {
   constexpr int kColumns = 8;
   constexpr int64_t kVector = kLanes<A>;
-  const bool vectors = g.spread == 1 && g.fold == 1 && g.result_channels >= kVector;
   const int64_t channels = g.result_channels;
   for (int64_t phase = 0; phase < g.cols.phases(); ++phase) {
     const int64_t count = g.cols.results(phase);
-    if (vectors && TryReusingRow<A>(g, taps, phase, row + phase * g.result.w)) continue;
+    if (vectors && TryReusingRows<A>(g, taps, phase, row + phase * g.result.w)) continue;
     int64_t low = 0, high = count;
     for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
       int64_t from, to;
@@ -297,11 +383,18 @@ void GatherRow(const Gather& g, const RowTaps<A, S>& taps, R* row) {
 
 template <class A, class S, class R>
 void GatherChannelsLast(const Gather& g, const S* source, const A* filter, R* result, Parallel& parallel) {
-  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_channels();
-  ParallelFor(parallel, g.images * g.result_h, CeilDiv(kMacsPerTask, g.macs_per_row()), [&](int64_t task) {
-    const int64_t image = task / g.result_h, row = task % g.result_h;
-    const RowTaps<A, S> taps(g, row, source + image * g.source.n, g.source.h, filter + image / per_group * filter_size);
-    GatherRow<A>(g, taps, result + image * g.result.n + row * g.result.h);
+  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_pitch;
+  const bool vectors = g.spread == 1 && g.fold == 1 && g.result_channels >= kLanes<A>;
+  const int64_t rows = RowsAtOnce(g, vectors), phases = g.rows.phases(), strips = CeilDiv(g.rows.results(0), rows);
+  ParallelFor(parallel, g.images * strips, CeilDiv(kMacsPerTask, g.macs_per_row() * rows * phases), [&](int64_t task) {
+    const int64_t image = task / strips, first = task % strips * rows;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t row = first * phases + phase, count = Min(rows, g.rows.results(phase) - first);
+      if (count < 1) continue;
+      const RowTaps<A, S> taps(g, row, count, source + image * g.source.n, g.source.h,
+                               filter + image / per_group * filter_size);
+      GatherRows<A>(g, taps, vectors, result + image * g.result.n + row * g.result.h);
+    }
   });
 }
 
@@ -317,7 +410,7 @@ DWSCONV_INLINE void StripTile(const Gather& g, const RowTaps<A, A>& taps, const 
   for (int v = 0; v < kVectors; ++v) total[v] = Load<A>(sum + q + v * kVector);
   for (int64_t i = 0; i < taps.count(); ++i) {
     for (int64_t j = g.cols.begin(phase); j < g.cols.end(phase); ++j) {
-      const A weight = taps.filter(i)[g.cols.tap(j) * g.filter_channels()];
+      const A weight = taps.filter(i)[g.cols.tap(j) * g.filter_pitch];
       const A* from = taps.source(i) + staged.At(j) + q;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) total[v] += weight * Load<A>(from + v * kVector);
@@ -347,7 +440,7 @@ void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t chann
       staged.Fill(source + row * g.source.h, g.source_w, rows.get() + (row - low) * staged.row_size());
     }
     for (int64_t row = first; row < last; ++row) {
-      const RowTaps<A, A> taps(g, row, rows.get() - low * staged.row_size(), staged.row_size(), filter + f);
+      const RowTaps<A, A> taps(g, row, 1, rows.get() - low * staged.row_size(), staged.row_size(), filter + f);
       for (int64_t phase = 0; phase < phases; ++phase) {
         A* sum = sums.get() + ((row - first) * phases + phase) * padded;
         int64_t q = 0;
@@ -371,7 +464,7 @@ void GatherStrip(const Gather& g, const S* image, const A* filter, int64_t chann
 
 template <class A, class S, class R>
 void GatherChannelsFirst(const Gather& g, const S* source, const A* filter, R* result, Parallel& parallel) {
-  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_channels();
+  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_pitch;
   const int64_t strip = Min(g.result_h, Max(8, CeilDiv(kMacsPerTask * g.result_channels, g.macs_per_row())));
   const int64_t strips = CeilDiv(g.result_h, strip), strip_macs = strip * g.macs_per_row() / g.result_channels + 1;
   ParallelFor(parallel, g.images * g.result_channels * strips, CeilDiv(kMacsPerTask, strip_macs), [&](int64_t task) {

@@ -11,35 +11,41 @@ namespace dwsconv::cpu::DWSCONV_ISA {
 constexpr int kTapsAtOnce = 8;  // tap sums of one filter row that stay in registers
 
 // The rows of g are cut into pieces that are summed apart, so that no sum gets long. The pieces of each group are
-// divided into parts that are added in order. Both depend on the problem alone: the result does not depend on the
-// threads.
+// divided into parts that are added in order, and in NHWC the channels into blocks. All of that depends on the problem
+// alone: the result does not depend on the threads.
 template <class A>
 struct Cut {
   explicit Cut(const Problem& p)
-      : width(kTermsPerSum * (p.channels_last ? 1 : kLanes<A>)),
-        per_row(CeilDiv(p.out_w, width)),
-        pieces(p.images_per_group() * p.out_h * per_row) {
-    const int64_t macs = p.images_per_group() * p.out_h * p.out_w * p.out_channels() * p.kernel_h * p.kernel_w;
-    parts = Max(1, Min(Min(pieces, kMostParts), macs / kMacsPerPart));
+      : columns(kTermsPerSum * (p.channels_last ? 1 : kLanes<A>)),
+        rows(p.channels_last ? Max(1, Min(p.out_h, kTermsPerSum / Max(1, p.out_w))) : 1),
+        per_row(CeilDiv(p.out_w, columns)),
+        per_image(CeilDiv(p.out_h, rows) * per_row),
+        pieces(p.images_per_group() * per_image) {
+    const int64_t terms = p.images_per_group() * p.out_h * p.out_w;
+    parts = Max(1, Min(Min(pieces, kMostParts), terms / kTermsPerPart));
+    const int64_t vectors = CeilDiv(p.out_channels(), kLanes<A>), taps = p.kernel_h * p.kernel_w;
+    const int64_t large_enough = CeilDiv(terms / parts * p.out_channels() * taps, kMacsPerTask);
+    const int64_t blocks = Min(CeilDiv(kTasks, parts * p.groups), Min(CeilDiv(vectors, 2), large_enough));
+    channels = p.channels_last ? CeilDiv(vectors, Max(1, blocks)) * kLanes<A> : 1;
   }
 
-  static constexpr int64_t kTermsPerSum = 128, kMostParts = 16, kMacsPerPart = 1 << 18;
-  int64_t width, per_row, pieces, parts;
+  static constexpr int64_t kTermsPerSum = 128, kMostParts = 16, kTermsPerPart = 1024, kTasks = 16;
+  int64_t columns, rows, per_row, per_image, pieces;  // columns and rows: of a piece
+  int64_t parts;
+  int64_t channels;  // of a block
 };
 
-// Columns [begin, end) of one row of g.
+// Rows [first_row, end_row) and columns [begin, end) of one image of g.
 struct Piece {
   template <class A>
   Piece(const Problem& p, const Cut<A>& cut, int64_t group, int64_t index)
-      : image(group * p.images_per_group() + index / cut.per_row / p.out_h),
-        out_row(index / cut.per_row % p.out_h),
-        first_in_row(out_row * p.stride_h - p.pad_top),
-        begin(index % cut.per_row * cut.width),
-        end(Min(begin + cut.width, p.out_w)) {}
+      : image(group * p.images_per_group() + index / cut.per_image),
+        first_row(index % cut.per_image / cut.per_row * cut.rows),
+        end_row(Min(first_row + cut.rows, p.out_h)),
+        begin(index % cut.per_row * cut.columns),
+        end(Min(begin + cut.columns, p.out_w)) {}
 
-  int64_t image, out_row;
-  int64_t first_in_row;  // row of x under the first filter row
-  int64_t begin, end;
+  int64_t image, first_row, end_row, begin, end;
 };
 
 // ---- NHWC: lanes along the channels ----
@@ -52,11 +58,18 @@ DWSCONV_INLINE void ValidColumns(const Problem& p, const Piece& piece, const Axi
   *high = Max(*low, Min(*high, piece.end));
 }
 
-// Adds the sum of x * g over the piece to kTaps tap sums, for the columns on which all of these taps are inside the
-// image, then the rest of each tap's columns one by one.
+// Adds all but the first `skip` lanes.
+template <class A>
+DWSCONV_INLINE void AddToSums(Vec<A> value, int64_t skip, A* sums) {
+  for (int64_t lane = 0; lane < skip; ++lane) value[lane] = 0;
+  Store<A>(sums, Load<A>(sums) + value);
+}
+
+// Adds the sum of x * g over a row of the piece to kTaps tap sums, for the columns on which all of these taps are
+// inside the image, then the rest of each tap's columns one by one.
 template <class A, class X, class G, int kTaps>
-DWSCONV_INLINE void SumTaps(const Problem& p, const Piece& piece, const Axis& cols, int64_t tap, const X* x, const G* g,
-                            A* sums) {
+DWSCONV_INLINE void SumTaps(const Problem& p, const Piece& piece, const Axis& cols, int64_t tap, int64_t skip,
+                            const X* x, const G* g, A* sums) {
   int64_t low[kTaps], high[kTaps], from = piece.begin, to = piece.end;
   for (int t = 0; t < kTaps; ++t) {
     ValidColumns(p, piece, cols, tap + t, &low[t], &high[t]);
@@ -79,54 +92,162 @@ DWSCONV_INLINE void SumTaps(const Problem& p, const Piece& piece, const Axis& co
     };
     add(low[t], Min(from, high[t]));
     add(Max(to, low[t]), high[t]);
-    Store<A>(sums + t * p.out_channels(), Load<A>(sums + t * p.out_channels()) + total[t]);
+    AddToSums<A>(total[t], skip, sums + t * p.out_channels());
   }
 }
 
-template <class A, class X, class G>
-void SumChannels(const Problem& p, const Piece& piece, const Axis& cols, const X* x, const G* g, A* sums) {
-  constexpr int64_t kVector = kLanes<A>;
-  const int64_t channels = p.out_channels();
-  int64_t c = 0;
-  for (; p.multiplier == 1 && c + kVector <= channels; c += kVector) {
-    int64_t tap = 0;
-    for (; tap + kTapsAtOnce <= p.kernel_w; tap += kTapsAtOnce)
-      SumTaps<A, X, G, kTapsAtOnce>(p, piece, cols, tap, x + c, g + c, sums + tap * channels + c);
-    switch (p.kernel_w - tap) {
-      case 7: SumTaps<A, X, G, 7>(p, piece, cols, tap, x + c, g + c, sums + tap * channels + c); break;
-      case 5: SumTaps<A, X, G, 5>(p, piece, cols, tap, x + c, g + c, sums + tap * channels + c); break;
-      case 3: SumTaps<A, X, G, 3>(p, piece, cols, tap, x + c, g + c, sums + tap * channels + c); break;
-      default:
-        for (; tap < p.kernel_w; ++tap)
-          SumTaps<A, X, G, 1>(p, piece, cols, tap, x + c, g + c, sums + tap * channels + c);
+// How many filter rows times how many columns of g are taken at once: as many as there are registers for.
+template <int kTaps, int kStep>
+struct SumTile {
+  static constexpr bool kManyRegisters = DWSCONV_VECTOR_BYTES == 64;
+  static constexpr int kRows = kManyRegisters ? (kTaps <= 5 ? 3 : 2) : (kTaps <= 3 ? 2 : 1);
+  static constexpr int kColumns = kManyRegisters ? 4 : 2;
+  static constexpr int kSources = (kColumns - 1) * kStep + kTaps;  // columns of x
+};
+
+// Adds x * g of `count` columns of g and kRows rows of x (null: outside the image) to the tap sums. The columns of x,
+// from `first`, are loaded once and serve all taps; outside the image they are zero.
+template <class A, class X, class G, int kTaps, int kStep, bool kInside, class T = SumTile<kTaps, kStep>>
+DWSCONV_INLINE void AddColumns(const Problem& p, const X* const (&x)[T::kRows], int64_t first, const G* g,
+                               int64_t count, Vec<A> (&sums)[T::kRows][kTaps]) {
+  Vec<A> grad[T::kColumns];
+#pragma GCC unroll 8
+  for (int t = 0; t < T::kColumns; ++t) grad[t] = kInside || t < count ? Load<A>(g + t * p.y.w) : Vec<A>{};
+#pragma GCC unroll 8
+  for (int r = 0; r < T::kRows; ++r) {
+    if (x[r] == nullptr) continue;
+    Vec<A> in[T::kSources];
+#pragma GCC unroll 32
+    for (int u = 0; u < T::kSources; ++u) {
+      const bool inside = kInside || static_cast<uint64_t>(first + u) < static_cast<uint64_t>(p.in_w);
+      in[u] = inside ? Load<A>(x[r] + (first + u) * p.x.w) : Vec<A>{};
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T::kColumns; ++t) {
+      if (!kInside && t >= count) continue;  // zero times an infinity that is there would be NaN
+#pragma GCC unroll 8
+      for (int j = 0; j < kTaps; ++j) sums[r][j] += grad[t] * in[t * kStep + j];
     }
   }
-  for (; c < channels; ++c) {  // channel multipliers, and what is left of the channels
-    for (int64_t tap = 0; tap < p.kernel_w; ++tap) {
-      int64_t low, high;
-      ValidColumns(p, piece, cols, tap, &low, &high);
+}
+
+// Adds the sums over a piece, for all filter rows and one vector of channels, to `to`; but not those of its first
+// `skip` channels. x and g begin at the image and the channel.
+template <class A, class X, class G, int kTaps, int kStep>
+void SumTiles(const Problem& p, const Piece& piece, bool prefetch, int64_t skip, const X* x, const G* g, A* to) {
+  using T = SumTile<kTaps, kStep>;
+  const int64_t rows_ahead = piece.end_row - piece.first_row;
+  for (int64_t i = 0; i < p.kernel_h; i += T::kRows) {
+    Vec<A> sums[T::kRows][kTaps] = {};
+    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
+      const X* rows[T::kRows];
+      for (int64_t r = 0; r < T::kRows; ++r) {
+        const int64_t in_row = row * p.stride_h - p.pad_top + (i + r) * p.dilation_h;
+        rows[r] = i + r < p.kernel_h && in_row >= 0 && in_row < p.in_h ? x + in_row * p.x.h : nullptr;
+      }
+      const int64_t last_row = row * p.stride_h - p.pad_top + (p.kernel_h - 1) * p.dilation_h;
+      for (int64_t ow = piece.begin; ow < piece.end; ow += T::kColumns) {
+        const int64_t first = ow * kStep - p.pad_left;
+        if (prefetch && i == 0) {  // what the next piece reads for the first time
+          for (int64_t r = 0; r < p.stride_h; ++r) {
+#pragma GCC unroll 8
+            for (int t = 0; t < T::kColumns * kStep; ++t) {
+              Prefetch<false>(x, (last_row + rows_ahead * p.stride_h - r) * p.x.h + (ow * kStep + t) * p.x.w);
+            }
+          }
+#pragma GCC unroll 8
+          for (int t = 0; t < T::kColumns; ++t) Prefetch<false>(g, (row + rows_ahead) * p.y.h + (ow + t) * p.y.w);
+        }
+        const G* grad = g + row * p.y.h + ow * p.y.w;
+        if (kInsideApart<X> && first >= 0 && first + T::kSources <= p.in_w && ow + T::kColumns <= piece.end) {
+          AddColumns<A, X, G, kTaps, kStep, true>(p, rows, first, grad, T::kColumns, sums);
+        } else {
+          AddColumns<A, X, G, kTaps, kStep, false>(p, rows, first, grad, piece.end - ow, sums);
+        }
+      }
+    }
+    for (int64_t r = 0; r < T::kRows && i + r < p.kernel_h; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTaps; ++j) AddToSums<A>(sums[r][j], skip, to + ((i + r) * kTaps + j) * p.out_channels());
+    }
+  }
+}
+
+// The same where there is no tile.
+template <class A, class X, class G>
+void SumRows(const Problem& p, const Piece& piece, const Axis& cols, int64_t skip, const X* x, const G* g, A* to) {
+  for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const int64_t in_row = row * p.stride_h - p.pad_top + i * p.dilation_h;
+      if (in_row < 0 || in_row >= p.in_h) continue;
+      const X* source = x + in_row * p.x.h;
+      const G* grad = g + row * p.y.h;
+      A* sums = to + i * p.kernel_w * p.out_channels();
+      int64_t tap = 0;
+      const auto sum = [&](auto count) {
+        SumTaps<A, X, G, count.value>(p, piece, cols, tap, skip, source, grad, sums + tap * p.out_channels());
+        tap += count.value;
+      };
+      while (tap + kTapsAtOnce <= p.kernel_w) sum(Constant<kTapsAtOnce>{});
+      while (tap + 3 <= p.kernel_w) sum(Constant<3>{});
+      while (tap < p.kernel_w) sum(Constant<1>{});
+    }
+  }
+}
+
+// One channel, for channel multipliers and for fewer channels than lanes.
+template <class A, class X, class G>
+void SumOneChannel(const Problem& p, const Piece& piece, const Axis& cols, const X* x, const G* g, A* to) {
+  for (int64_t tap = 0; tap < p.kernel_h * p.kernel_w; ++tap) {
+    int64_t low, high;
+    ValidColumns(p, piece, cols, tap % p.kernel_w, &low, &high);
+    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
+      const int64_t in_row = row * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
+      if (in_row < 0 || in_row >= p.in_h) continue;
       A total = 0;
       for (int64_t ow = low; ow < high; ++ow) {
-        total += LoadOne<A>(g + ow * p.y.w + c) *
-                 LoadOne<A>(x + (ow * p.stride_w + cols.offset(tap)) * p.x.w + c / p.multiplier);
+        total += LoadOne<A>(g + row * p.y.h + ow * p.y.w) *
+                 LoadOne<A>(x + in_row * p.x.h + (ow * p.stride_w + cols.offset(tap % p.kernel_w)) * p.x.w);
       }
-      sums[tap * channels + c] += total;
+      to[tap * p.out_channels()] += total;
     }
   }
 }
 
-// Adds pieces [first, last) of a group to sums of shape (kernel_h, kernel_w, out_channels).
+// Adds pieces [first, last) of a group to the sums of a block of channels; sums has shape (kernel_h, kernel_w,
+// out_channels).
 template <class A, class X, class G>
 void SumChannelsLast(const Problem& p, const Cut<A>& cut, const Axis& cols, int64_t group, int64_t first, int64_t last,
-                     const X* x, const G* g, A* sums) {
+                     int64_t first_channel, const X* x, const G* g, A* sums) {
+  constexpr int64_t kVector = kLanes<A>;
+  const int64_t channels = p.out_channels(), end = Min(channels, first_channel + cut.channels);
+  const bool prefetch = p.x_elements() * sizeof(X) + p.y_elements() * sizeof(G) > kCachedBytes;
+  const int64_t tile = p.dilation_w == 1 ? p.kernel_w * 10 + p.stride_w : 0;
   for (int64_t index = first; index < last; ++index) {
     const Piece piece(p, cut, group, index);
-    const G* grad = g + piece.image * p.y.n + piece.out_row * p.y.h;
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const int64_t in_row = piece.first_in_row + i * p.dilation_h;
-      if (in_row < 0 || in_row >= p.in_h) continue;
-      SumChannels<A>(p, piece, cols, x + piece.image * p.x.n + in_row * p.x.h, grad,
-                     sums + i * p.kernel_w * p.out_channels());
+    const X* image = x + piece.image * p.x.n;
+    const G* grad = g + piece.image * p.y.n;
+    if (p.multiplier > 1 || channels < kVector) {
+      for (int64_t c = first_channel; c < end; ++c) {
+        SumOneChannel<A>(p, piece, cols, image + c / p.multiplier, grad + c, sums + c);
+      }
+      continue;
+    }
+    for (int64_t c = first_channel; c < end; c += kVector) {
+      const int64_t start = Min(c, channels - kVector);  // the last vector overlaps its neighbour
+      const auto sum = [&](auto taps, auto step) {
+        SumTiles<A, X, G, taps.value, step.value>(p, piece, prefetch, c - start, image + start, grad + start,
+                                                  sums + start);
+      };
+      switch (tile) {
+        case 31: sum(Constant<3>{}, Constant<1>{}); break;
+        case 51: sum(Constant<5>{}, Constant<1>{}); break;
+        case 71: sum(Constant<7>{}, Constant<1>{}); break;
+        case 32: sum(Constant<3>{}, Constant<2>{}); break;
+        case 52: sum(Constant<5>{}, Constant<2>{}); break;
+        case 72: sum(Constant<7>{}, Constant<2>{}); break;
+        default: SumRows<A>(p, piece, cols, c - start, image + start, grad + start, sums + start);
+      }
     }
   }
 }
@@ -170,15 +291,16 @@ void SumChannelsFirst(const Problem& p, const Cut<A>& cut, const Axis& cols, int
   for (int64_t index = first; index < last; ++index) {
     const Piece piece(p, cut, group, index);
     const X* plane = x + piece.image * p.x.n + channel / p.multiplier * p.x.c;
-    const G* grad = g + piece.image * p.y.n + channel * p.y.c + piece.out_row * p.y.h;
+    const G* grad = g + piece.image * p.y.n + channel * p.y.c + piece.first_row * p.y.h;
+    const int64_t first_in_row = piece.first_row * p.stride_h - p.pad_top;
     if (piece.image != staged_image) staged_rows = 0;
     staged_image = piece.image;
-    const int64_t end_row = Min(p.in_h, piece.first_in_row + (p.kernel_h - 1) * p.dilation_h + 1);
-    for (staged_rows = Max(staged_rows, piece.first_in_row); staged_rows < end_row; ++staged_rows) {
+    const int64_t end_row = Min(p.in_h, first_in_row + (p.kernel_h - 1) * p.dilation_h + 1);
+    for (staged_rows = Max(staged_rows, first_in_row); staged_rows < end_row; ++staged_rows) {
       staged.Fill(plane + staged_rows * p.x.h, p.in_w, rows.get() + staged_rows * staged.row_size());
     }
     for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const int64_t in_row = piece.first_in_row + i * p.dilation_h;
+      const int64_t in_row = first_in_row + i * p.dilation_h;
       if (in_row < 0 || in_row >= p.in_h) continue;
       const A* from = rows.get() + in_row * staged.row_size();
       A* to = sums + i * p.kernel_w * p.out_channels() + channel;
@@ -197,26 +319,33 @@ void RunGradFilter(const Problem& p, const void* x_data, const void* g_data, voi
   const G* g = static_cast<const G*>(g_data);
   const Axis cols = Axis::Forward(p.kernel_w, p.stride_w, p.dilation_w, p.pad_left, p.out_w);
   const Cut<A> cut(p);
-  const int64_t size = p.filter_elements(), per_group = size / p.groups;
+  const int64_t size = p.filter_elements(), per_group = size / p.groups, channels = p.out_channels();
   Buffer<A> partial(cut.parts * size);
-  const int64_t channels = p.channels_last ? 1 : p.out_channels();
-  ParallelFor(parallel, cut.parts * p.groups * channels, 1, [&](int64_t task) {
-    const int64_t channel = task % channels, group = task / channels % p.groups, part = task / channels / p.groups;
+  const int64_t blocks = CeilDiv(channels, cut.channels);
+  const int64_t macs = p.batch * p.out_h * p.out_w * channels * p.kernel_h * p.kernel_w;
+  const int64_t tasks = cut.parts * p.groups * blocks;
+  ParallelFor(parallel, tasks, CeilDiv(kMacsPerTask, macs / tasks + 1), [&](int64_t task) {
+    const int64_t block = task % blocks, group = task / blocks % p.groups, part = task / blocks / p.groups;
     const int64_t first = cut.pieces * part / cut.parts, last = cut.pieces * (part + 1) / cut.parts;
+    const int64_t channel = block * cut.channels, end = Min(channels, channel + cut.channels);
     A* sums = partial.get() + part * size + group * per_group;
-    for (int64_t i = channel; i < per_group; i += channels) sums[i] = 0;
+    for (int64_t tap = 0; tap < p.kernel_h * p.kernel_w; ++tap) {
+      for (int64_t c = channel; c < end; ++c) sums[tap * channels + c] = 0;
+    }
     if (p.channels_last) {
-      SumChannelsLast<A>(p, cut, cols, group, first, last, x, g, sums);
+      SumChannelsLast<A>(p, cut, cols, group, first, last, channel, x, g, sums);
     } else {
       SumChannelsFirst<A>(p, cut, cols, group, first, last, channel, x, g, sums);
     }
   });
   WithStorageType<A>(p.filter_dtype, [&](auto tag) {
     auto* to = static_cast<decltype(tag)*>(result);
-    ForEachFilterElement(p, [&](int64_t at, int64_t offset) {
-      A total = 0;
-      for (int64_t part = 0; part < cut.parts; ++part) total += partial.get()[part * size + at];
-      StoreOne<A>(to + offset, total);
+    ParallelFor(parallel, FilterTaps(p), CeilDiv(kMacsPerTask, cut.parts * channels), [&](int64_t tap) {
+      A* total = partial.get() + tap * channels;
+      for (int64_t part = 1; part < cut.parts; ++part) {
+        for (int64_t c = 0; c < channels; ++c) total[c] += total[part * size + c];
+      }
+      for (int64_t c = 0; c < channels; ++c) StoreOne<A>(to + TapOffset(p, tap) + c * p.filter.c, total[c]);
     });
   });
 }

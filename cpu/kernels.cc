@@ -4,6 +4,7 @@
 #include "cpu/forward.h"
 #include "cpu/grad_filter.h"
 #include "cpu/grad_input.h"
+#include "cpu/peak.h"
 #include "cpu/quantized.h"
 
 #define DWSCONV_STRING(name) #name
@@ -12,6 +13,7 @@
 namespace dwsconv::cpu::DWSCONV_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward, FusedForward, GradInput, GradFilter, QuantizedForward};
+const Kernels kKernels = {DWSCONV_NAME(DWSCONV_ISA), Forward,    FusedForward, GradInput, GradFilter,
+                          QuantizedForward,          MultiplyAdd};
 
 }  // namespace dwsconv::cpu::DWSCONV_ISA

@@ -18,7 +18,11 @@ struct Kernels {
   bool (*grad_filter)(const Problem&, const void* x, const void* y_cotangent, void* filter_cotangent, Parallel&);
   bool (*quantized_forward)(const Problem&, const Requantization&, const void* x, const void* filter, void* y,
                             Parallel&);
+  int64_t (*multiply_add)(int64_t rounds, float* value);
 };
+
+// The sets that this processor can run, the fastest first, and a null pointer.
+const Kernels* const* UsableKernels();
 
 // The fastest set that this processor can run.
 const Kernels& BestKernels();

@@ -25,5 +25,13 @@ NB_MODULE(_cpu, m) {
   m.def(
       "isa", [] { return dwsconv::cpu::BestKernels().isa; },
       "The instruction set that the kernels use on this machine.");
+  m.def(
+      "multiply_add",
+      [](int64_t rounds) {
+        const nb::gil_scoped_release release;
+        float value = 0.5f;
+        return dwsconv::cpu::BestKernels().multiply_add(rounds, &value);
+      },
+      "Keeps the multiply-add units busy and returns how many products they computed.");
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <new>
 
+#if DWSCONV_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 #define DWSCONV_INLINE inline __attribute__((always_inline))
 
 namespace dwsconv::cpu::DWSCONV_ISA {
@@ -57,10 +61,17 @@ struct Convert<float, BFloat16> {
   }
 };
 
-// Integer arithmetic only for the subnormals: XLA's threads may flush them to zero.
 template <>
 struct Convert<float, Float16> {
   using Raw = U16;
+#if DWSCONV_VECTOR_BYTES == 64
+  static DWSCONV_INLINE F32 FromRaw(U16 raw) { return (F32)_mm512_cvtph_ps((__m256i)raw); }
+  static DWSCONV_INLINE U16 ToRaw(F32 value) { return (U16)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT); }
+#elif DWSCONV_VECTOR_BYTES == 32
+  static DWSCONV_INLINE F32 FromRaw(U16 raw) { return (F32)_mm256_cvtph_ps((__m128i)raw); }
+  static DWSCONV_INLINE U16 ToRaw(F32 value) { return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  // Integer arithmetic only for the subnormals: XLA's threads may flush them to zero.
   static DWSCONV_INLINE F32 FromRaw(U16 raw) {
     const U32 half = __builtin_convertvector(raw, U32);
     const U32 sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
@@ -79,7 +90,12 @@ struct Convert<float, Float16> {
     const U32 infinite = magnitude > 0x7f800000 ? U32{} + 0x7e00 : U32{} + 0x7c00;
     return __builtin_convertvector((magnitude >= 0x477ff000 ? infinite : finite) | sign, U16);
   }
+#endif
 };
+
+// Whether the inside of an image, where no column is missing, has code of its own: it takes its time to compile.
+template <class T>
+constexpr bool kInsideApart = sizeof(T) == sizeof(float);
 
 template <class A, class T>
 DWSCONV_INLINE Vec<A> Load(const T* p) {
@@ -141,6 +157,18 @@ class Buffer {
 
  private:
   T* data_;
+};
+
+// The line of element base[offset], which need not exist.
+template <bool kToWrite, class T>
+DWSCONV_INLINE void Prefetch(const T* base, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset * sizeof(T)), kToWrite,
+                     2);
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
 };
 
 DWSCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }

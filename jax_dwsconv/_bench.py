@@ -4,8 +4,7 @@ lax and shift-and-add run in this process on the same random inputs and are comp
 PyTorch runs in a process of its own, on random inputs of its own, and is only timed. Times are medians: on a GPU of the
 time that the kernels take (CUPTI), elsewhere of one call that is blocked on. The floor of a case is what its bytes take
 at the copy rate, its multiply-adds at the peak or the smallest kernel, whichever is longest. All three are measured in
-the same run, but for the peak of a GPU, which is a table (and left out for one that is not in it); a CPU's is that of a
-matrix product.
+the same run, but for the peak of a GPU, which is a table (and left out for one that is not in it).
 """
 
 import csv
@@ -21,6 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import numpy as np
 from jax import lax, numpy as jnp
 
 import jax_dwsconv
-from jax_dwsconv import _planning, _versions
+from jax_dwsconv import _native, _planning, _versions
 
 OPERATORS = ("forward", "grad_input", "grad_filter")
 PEERS = ("lax", "shift", "torch")
@@ -219,6 +220,21 @@ def _operands(case: Case) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array,
     return [(first, second)] + [(first + 0, second + 0) for _ in range(copies - 1)], x, kernel
 
 
+def _products_per_us(seconds: float) -> float:
+    """The rate of multiply-adds of all cores; infinite where our module is missing."""
+    module = _native.load("cpu")
+    if not isinstance(module, ModuleType):
+        return math.inf
+    threads, rounds, rates = len(os.sched_getaffinity(0)), 200_000, []
+    with ThreadPoolExecutor(threads) as pool:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(rates) < 5:
+            start = time.perf_counter()
+            products = sum(pool.map(module.multiply_add, [rounds] * threads))
+            rates.append(products / (1e6 * (time.perf_counter() - start)))
+    return statistics.median(rates)
+
+
 def _microseconds(function: Callable, operands: list[tuple], seconds: float) -> float:
     jax.block_until_ready(function(*operands[0]))
     times: list[float] = []
@@ -261,9 +277,7 @@ class Floor(NamedTuple):
             start = time.perf_counter()
             large = jax.block_until_ready(in_place(large))
             times.append(1e6 * (time.perf_counter() - start))
-        square = jnp.ones((1024, 1024), jnp.float32)
-        products = 1024**3 / _microseconds(jax.jit(jnp.matmul), [(square, square)], seconds)
-        return cls(small, 2 * large.nbytes / statistics.median(times), products)
+        return cls(small, 2 * large.nbytes / statistics.median(times), _products_per_us(seconds))
 
     def of(self, case: Case) -> float:
         layer = case.layer
@@ -281,20 +295,36 @@ def _disagreement(ours: jax.Array, theirs: jax.Array) -> float:
     return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
 
 
-def _torch_times(cases: list[Case], seconds: float) -> list[float | None]:
-    """PyTorch's times, from a process of its own: two libraries cannot listen to CUPTI at once, nor share all cores."""
-    if importlib.util.find_spec("torch") is None:
-        print("no times of PyTorch: it is not installed", file=sys.stderr)
-        return [None] * len(cases)
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    described = [{**case._asdict(), "layer": case.layer._asdict()} for case in cases]
-    request = json.dumps({"device": device, "seconds": seconds, "cases": described})
-    script = pathlib.Path(__file__).with_name("_bench_torch.py")
-    done = subprocess.run([sys.executable, script], input=request, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        print(f"PyTorch could not be measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return [None] * len(cases)
-    return json.loads(done.stdout)
+class _Torch:
+    """PyTorch in a process of its own: two libraries cannot listen to CUPTI at once, nor share all cores."""
+
+    def __init__(self, seconds: float):
+        self._process = None
+        if importlib.util.find_spec("torch") is None:
+            print("no times of PyTorch: it is not installed", file=sys.stderr)
+            return
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        script = pathlib.Path(__file__).with_name("_bench_torch.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script, device, str(seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def microseconds(self, case: Case) -> float | None:
+        """Measures one case right now, so that the other contestants see the same machine."""
+        if self._process is None:
+            return None
+        self._process.stdin.write(json.dumps({**case._asdict(), "layer": case.layer._asdict()}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            print("PyTorch could not be measured: see above", file=sys.stderr)
+            self._process = None
+            return None
+        return json.loads(answer)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
 
 
 def _with_tile(tile: str, measure: Callable) -> float:
@@ -433,7 +463,7 @@ def run(options) -> int:
         for layer in layers
         for operator in options.operators
     ]
-    torch = dict(zip(cases, _torch_times(cases, options.seconds), strict=True)) if "torch" in peers else {}
+    torch = _Torch(options.seconds) if "torch" in peers else None
     rows: list[dict] = []
 
     def write() -> None:
@@ -452,14 +482,16 @@ def run(options) -> int:
         if sys.stderr.isatty():
             print(f"\r{number + 1} of {len(cases)}: {case.operator} {case.layer} ", end="", file=sys.stderr)
         row = _measure(case, peers, floor, options.sweep, options.seconds)
-        if "torch" in peers:
-            row["torch_us"] = torch[case]
+        if torch:
+            row["torch_us"] = torch.microseconds(case)
         rows.append(row)
         cells = [row.get(name) for name in names]
         shown = [f"{cell:.2f}" if isinstance(cell, float) else str(cell or "-") for cell in cells]
         print(f"| {case.operator} | {case.layer} | {case.batch} | {case.dtype} | {case.layout} | {' | '.join(shown)} |")
         sys.stdout.flush()
         write()
+    if torch:
+        torch.close()
     print()
     of_peers = [c for c in columns if c != "best_us"]
     for line in (*_geometric_means(rows, of_peers), *_slower(rows, of_peers)):

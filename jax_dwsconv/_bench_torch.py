@@ -1,4 +1,4 @@
-"""PyTorch's side of `python -m jax_dwsconv bench`: cases as JSON on the standard input, microseconds on the output."""
+"""PyTorch's side of `python -m jax_dwsconv bench`: a case as a line of JSON comes in, its microseconds go out."""
 
 import json
 import os
@@ -56,24 +56,19 @@ def _function(case: dict, device: str):
     return lambda: torch.ops.aten.convolution_backward(g, x, kernel, None, *arguments)
 
 
-def main() -> None:
-    """Answers the request."""
-    request = json.load(sys.stdin)
-    on_gpu = request["device"] == "cuda"
-    if on_gpu:
+def main(device: str, seconds: float) -> None:
+    """Answers every line with the microseconds of its case."""
+    if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
     else:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    answers = []
     with torch.no_grad():
-        for case in request["cases"]:
-            function = _function(case, request["device"])
-            answers.append(
-                _kernel_microseconds(function) if on_gpu else _call_microseconds(function, request["seconds"])
-            )
-    json.dump(answers, sys.stdout)
+        for line in sys.stdin:
+            function = _function(json.loads(line), device)
+            microseconds = _kernel_microseconds(function) if device == "cuda" else _call_microseconds(function, seconds)
+            print(json.dumps(microseconds), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], float(sys.argv[2]))
