@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> None:
         check_images(contestants, options)
         one, several = measure(contestants, options.seconds)
         rows.append((contestants[0].name, f"{1e3 * one:.3f} ms", f"{1e3 * several:.3f} ms", one / several))
+        print(*rows[-1], flush=True)  # the rest may take long
     kinds = [(1, False), (options.devices, False), (options.devices, True)]
     with ThreadPoolExecutor() as pool:  # to compile at the same time
         steps = [[pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models]

@@ -7,6 +7,7 @@
 #include "cpu/filter.h"
 #include "cpu/parallel.h"
 #include "cpu/staged_columns.h"
+#include "cpu/transposed.h"
 #include "cuda/problem.h"
 
 namespace dwsconv::cpu::DWSCONV_ISA {
@@ -475,6 +476,38 @@ void GatherChannelsFirst(const Gather& g, const S* source, const A* filter, R* r
   });
 }
 
+// The same by way of NHWC; without a residual.
+template <class A, class S, class R>
+void GatherTransposed(const Gather& g, const S* source, const A* filter, R* result, Parallel& parallel) {
+  const int64_t per_group = g.images / g.groups, filter_size = g.kernel_h * g.kernel_w * g.filter_pitch;
+  const int64_t source_pixels = g.source_h * g.source_w, result_pixels = g.result_h * g.result_w;
+  const ChannelBlocks<A> blocks(g.result_channels, Max(source_pixels, result_pixels));
+  const int64_t macs = g.result_h * g.macs_per_row() / blocks.count + 1;
+  ParallelFor(parallel, g.images * blocks.count, CeilDiv(kMacsPerTask, macs), [&](int64_t task) {
+    const int64_t image = task / blocks.count, first = blocks.first(task % blocks.count);
+    const int64_t channels = blocks.end(task % blocks.count) - first;
+    Buffer<S> from(channels * source_pixels);
+    Buffer<R> to(channels * result_pixels);
+    Gather local = g;
+    local.images = local.groups = 1;
+    local.result_channels = channels;
+    local.source = ChannelsLastStrides(g.source_h, g.source_w, channels);
+    local.result = ChannelsLastStrides(g.result_h, g.result_w, channels);
+    local.channels_last = true;
+    Epilogue epilogue;
+    if (g.epilogue) {
+      epilogue = *g.epilogue;
+      if (epilogue.scale) epilogue.scale = static_cast<const A*>(epilogue.scale) + first;
+      if (epilogue.bias) epilogue.bias = static_cast<const A*>(epilogue.bias) + first;
+      local.epilogue = &epilogue;
+    }
+    Serial serial;
+    Transpose(source + image * g.source.n + first * g.source.c, channels, source_pixels, from.get());
+    GatherChannelsLast<A>(local, from.get(), filter + image / per_group * filter_size + first, to.get(), serial);
+    Transpose(to.get(), result_pixels, channels, result + image * g.result.n + first * g.result.c);
+  });
+}
+
 template <class A, class S, class R>
 void RunGather(const Problem& p, const Gather& g, const void* source, const void* filter, void* result,
                Parallel& parallel) {
@@ -483,6 +516,8 @@ void RunGather(const Problem& p, const Gather& g, const void* source, const void
   R* to = static_cast<R*>(result);
   if (g.channels_last) {
     GatherChannelsLast<A>(g, from, packed.get(), to, parallel);
+  } else if (ChannelBlocks<A>::Suit(p) && !(g.epilogue && g.epilogue->residual)) {
+    GatherTransposed<A>(g, from, packed.get(), to, parallel);
   } else {
     GatherChannelsFirst<A>(g, from, packed.get(), to, parallel);
   }

@@ -314,7 +314,14 @@ void SumChannelsFirst(const Problem& p, const Cut<A>& cut, const Axis& cols, int
 // ---- Both ----
 
 template <class A, class X, class G>
+void RunTransposedGradFilter(const Problem& p, const X* x, const G* g, void* result, Parallel& parallel);
+
+template <class A, class X, class G>
 void RunGradFilter(const Problem& p, const void* x_data, const void* g_data, void* result, Parallel& parallel) {
+  if (!p.channels_last && ChannelBlocks<A>::Suit(p)) {
+    return RunTransposedGradFilter<A>(p, static_cast<const X*>(x_data), static_cast<const G*>(g_data), result,
+                                      parallel);
+  }
   const X* x = static_cast<const X*>(x_data);
   const G* g = static_cast<const G*>(g_data);
   const Axis cols = Axis::Forward(p.kernel_w, p.stride_w, p.dilation_w, p.pad_left, p.out_w);
@@ -346,6 +353,45 @@ void RunGradFilter(const Problem& p, const void* x_data, const void* g_data, voi
         for (int64_t c = 0; c < channels; ++c) total[c] += total[part * size + c];
       }
       for (int64_t c = 0; c < channels; ++c) StoreOne<A>(to + TapOffset(p, tap) + c * p.filter.c, total[c]);
+    });
+  });
+}
+
+// By way of NHWC: a task has some channels of one group, and adds up its images in order.
+template <class A, class X, class G>
+void RunTransposedGradFilter(const Problem& p, const X* x, const G* g, void* result, Parallel& parallel) {
+  const int64_t x_pixels = p.in_h * p.in_w, g_pixels = p.out_h * p.out_w, taps = p.kernel_h * p.kernel_w;
+  const ChannelBlocks<A> blocks(p.channels, Max(x_pixels, g_pixels));
+  const int64_t macs = p.images_per_group() * g_pixels * blocks.size * taps + 1;
+  ParallelFor(parallel, p.groups * blocks.count, CeilDiv(kMacsPerTask, macs), [&](int64_t task) {
+    const int64_t group = task / blocks.count, first = blocks.first(task % blocks.count);
+    const int64_t channels = blocks.end(task % blocks.count) - first;
+    Problem local = p;
+    local.batch = local.groups = 1;
+    local.channels = channels;
+    local.channels_last = true;
+    local.x = ChannelsLastStrides(p.in_h, p.in_w, channels);
+    local.y = ChannelsLastStrides(p.out_h, p.out_w, channels);
+    local.filter = ChannelsLastStrides(p.kernel_h, p.kernel_w, channels);
+    local.filter_dtype = sizeof(A) == sizeof(float) ? Dtype::kF32 : Dtype::kF64;
+    Buffer<X> local_x(channels * x_pixels);
+    Buffer<G> local_g(channels * g_pixels);
+    Buffer<A> sums(taps * channels), total(taps * channels);
+    for (int64_t i = 0; i < taps * channels; ++i) total.get()[i] = 0;
+    Serial serial;
+    for (int64_t image = group * p.images_per_group(); image < (group + 1) * p.images_per_group(); ++image) {
+      Transpose(x + image * p.x.n + first * p.x.c, channels, x_pixels, local_x.get());
+      Transpose(g + image * p.y.n + first * p.y.c, channels, g_pixels, local_g.get());
+      RunGradFilter<A, X, G>(local, local_x.get(), local_g.get(), sums.get(), serial);
+      for (int64_t i = 0; i < taps * channels; ++i) total.get()[i] += sums.get()[i];
+    }
+    WithStorageType<A>(p.filter_dtype, [&](auto tag) {
+      auto* to = static_cast<decltype(tag)*>(result) + first * p.filter.c;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = 0; c < channels; ++c) {
+          StoreOne<A>(to + TapOffset(p, group * taps + tap) + c * p.filter.c, total.get()[tap * channels + c]);
+        }
+      }
     });
   });
 }
