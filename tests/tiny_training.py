@@ -35,7 +35,8 @@ def arguments(output, *more):
 
 def start(output, *more, devices: int = 1) -> subprocess.Popen:
     """The command on so many devices of the CPU; stderr can be read."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    # Not an empty entry: that would be the current folder, and perhaps the source tree.
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-P", str(TESTS / "tiny_training.py"), *arguments(output, *more)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
