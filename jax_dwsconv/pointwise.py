@@ -1,7 +1,7 @@
 """Pointwise (1x1) convolution: a matrix product over the channels, and what precedes and follows it.
 
 It is XLA's matrix product, which XLA records in CUDA graphs and fuses with its neighbours, but for small problems of
-16-bit types on a GPU, where it takes one kernel of ours instead of two to five.
+16-bit types on a GPU, where it takes one kernel of ours instead of two to four.
 """
 
 import functools
