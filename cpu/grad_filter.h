@@ -58,11 +58,11 @@ DWSCONV_INLINE void ValidColumns(const Problem& p, const Piece& piece, const Axi
   *high = Max(*low, Min(*high, piece.end));
 }
 
-// Adds all but the first `skip` lanes.
+// Adds all but the first `skip` lanes. These are not written: they may be another task's.
 template <class A>
 DWSCONV_INLINE void AddToSums(Vec<A> value, int64_t skip, A* sums) {
-  for (int64_t lane = 0; lane < skip; ++lane) value[lane] = 0;
-  Store<A>(sums, Load<A>(sums) + value);
+  if (skip == 0) return Store<A>(sums, Load<A>(sums) + value);
+  for (int64_t lane = skip; lane < kLanes<A>; ++lane) sums[lane] += value[lane];
 }
 
 // Adds the sum of x * g over a row of the piece to kTaps tap sums, for the columns on which all of these taps are
