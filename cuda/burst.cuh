@@ -7,31 +7,11 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/filter_taps.cuh"
 #include "cuda/row.cuh"
+#include "cuda/tile_axis.cuh"
 
 namespace dwsconv::cuda {
 
 constexpr int kBurstThreads = 128;
-
-// How many neighbouring positions along one axis a tile reads and writes. kTile: positions of the result, in the input
-// gradient of stride 2 pairs of them (see DividedSize).
-template <Pass kPass, int kTaps, int kTile>
-struct BurstAxis {
-  static constexpr bool kPairs = kPass == Pass::kStride2Gradient;
-  static constexpr int kStride = kPass == Pass::kStride2 ? 2 : 1, kHalo = (kTaps - 1) / 2;
-  static constexpr int kRead = kPairs ? kTile + kHalo : (kTile - 1) * kStride + kTaps;
-  static constexpr int kWritten = kPairs ? 2 * kTile : kTile;
-
-  // The tap that leads from a position that is read to one that is written; outside [0, kTaps) for none.
-  static __device__ constexpr int Tap(int read, int written) {
-    return kPairs ? written - 2 * (read - kHalo) : read - written * kStride;
-  }
-  static __device__ int FirstRead(int tile, int pad) {
-    return kPairs ? pad / 2 + tile * kTile - kHalo : tile * kTile * kStride - pad;
-  }
-  static __device__ int FirstWritten(int tile, int pad) {
-    return kPairs ? (pad / 2 + tile * kTile) * 2 - pad : tile * kTile;
-  }
-};
 
 // Zeros outside the image.
 template <class X, int kVector, int kRows, int kColumns>
@@ -66,8 +46,8 @@ template <class X, class Y, Pass kPass, int kK, int kVector, int kTileColumns, i
 __global__ void __launch_bounds__(kBurstThreads)
     BurstKernel(const __grid_constant__ Burst m, const X* __restrict__ source, const void* __restrict__ filter,
                 Y* __restrict__ result) {
-  using Column = BurstAxis<kPass, kK, kTileColumns>;
-  using Row = BurstAxis<kPass, kK, kTileRows>;
+  using Column = TileAxis<kPass, kK, kTileColumns>;
+  using Row = TileAxis<kPass, kK, kTileRows>;
   const uint32_t index = blockIdx.x * kBurstThreads + threadIdx.x;
   if (index >= m.threads) return;
   uint32_t slow = index;
@@ -111,21 +91,7 @@ __global__ void __launch_bounds__(kBurstThreads)
   }
 
   const int out_row = Row::FirstWritten(strip, m.pad_top), out_column = Column::FirstWritten(tile, m.pad_left);
-  const int step_h = static_cast<int>(m.result.step.h), step_w = static_cast<int>(m.result.step.w);
-  const int64_t out =
-      image * m.result.step.n + channel * m.result.step.c + out_row * m.result.step.h + out_column * m.result.step.w;
-  const auto exists = [&](int b) {
-    return static_cast<unsigned>(out_row + b / Column::kWritten) < static_cast<unsigned>(m.result.h) &&
-           static_cast<unsigned>(out_column + b % Column::kWritten) < static_cast<unsigned>(m.result.w);
-  };
-  const auto offset = [&](int b) { return b / Column::kWritten * step_h + b % Column::kWritten * step_w; };
-  if (kPass != Pass::kStride2Gradient) {
-    Finish<Y>(m.epilogue, exists, [&](int b) { return out + offset(b); }, sums);
-  }
-#pragma unroll
-  for (int b = 0; b < Row::kWritten * Column::kWritten; ++b) {
-    if (exists(b)) StoreVector(result + out + offset(b), sums[b]);
-  }
+  StoreTile<kPass, Row::kWritten, Column::kWritten>(m, image, channel, out_row, out_column, sums, result);
 }
 
 }  // namespace dwsconv::cuda

@@ -5,6 +5,7 @@
 #include "cuda/march.h"
 #include "cuda/march_planes.h"
 #include "cuda/slide.h"
+#include "cuda/staged.h"
 #include "cuda/toeplitz.h"
 
 namespace dwsconv::cuda {
@@ -20,6 +21,7 @@ bool LaunchPlanned(const PassCall& call, const PassPlan& plan) {
     case PassPlan::Kernel::kToeplitz: return LaunchToeplitz(call, plan.toeplitz);
     case PassPlan::Kernel::kMarch: return LaunchMarch(plan.turned ? TurnedCall(call) : call, plan.march);
     case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march);
+    case PassPlan::Kernel::kStaged: return LaunchStaged(call, plan.staged);
     case PassPlan::Kernel::kBurst: return LaunchBurst(call, plan.burst);
     case PassPlan::Kernel::kSlide: return LaunchSlide(call, plan.slide);
     case PassPlan::Kernel::kLines: return LaunchLines(call);

@@ -89,6 +89,31 @@ constexpr bool HasBurstInstance(bool one_type, bool strided, int kernel_size, co
   return (one_type || usual) && !(strided && kernel_size == 7 && tile.columns * tile.rows == 16);
 }
 
+// forward, and grad_input of stride 1, in NHWC from shared memory (staged.cuh): a thread has `vector` channels of a
+// tile of `columns` times `rows` results, a block `lanes` such vectors of channels and `across` times `down` tiles.
+struct StagedTile {
+  int vector, columns, rows, lanes, across, down;
+};
+
+constexpr int kStagedThreads = 512;  // at most
+
+// The (kernel size, vector, columns, rows) that are compiled.
+// clang-format off
+#define DWSCONV_STAGED_TILES(M) \
+  M(3, 2, 4, 2) M(3, 2, 7, 1) M(3, 2, 7, 2) \
+  M(5, 2, 4, 1) M(5, 2, 7, 1) M(5, 2, 7, 2) M(5, 1, 7, 1) \
+  M(7, 2, 4, 2) M(7, 2, 7, 1) M(7, 1, 7, 1) M(7, 1, 7, 2)
+// clang-format on
+
+// How the source of a block lies in shared memory.
+struct StagedShape {
+  StagedShape(const Problem& p, const StagedTile& tile);
+
+  int read_rows, read_columns;
+  int pitch;  // elements from row to row
+  int bytes;  // with the taps, in float32
+};
+
 // forward and grad_input of nearly every window (slide.cuh): a thread has `vector`
 // channels of kResults results along the height, else along the width.
 struct SlideTile {
@@ -116,6 +141,7 @@ struct PassPlan {
     kMarch,
     kMarchPlanes,
     kToeplitz,
+    kStaged,
     kBurst,
     kSlide,
     kLines
@@ -124,6 +150,7 @@ struct PassPlan {
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
   ToeplitzTile toeplitz{};
+  StagedTile staged{};
   BurstTile burst{};
   SlideTile slide{};
   double cycles = 0;

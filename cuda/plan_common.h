@@ -47,6 +47,9 @@ void ForStripRows(int64_t rows, const Visit& visit) {
   }
 }
 
+// The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc).
+std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
+
 // All that is visited, and in the end `otherwise`, which takes everything.
 template <class Plan, class VisitAll>
 std::vector<Plan> Candidates(const Plan& otherwise, const VisitAll& visit_all) {

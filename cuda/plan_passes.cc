@@ -492,6 +492,7 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
   VisitMarchPlanes(p, forward, device, alignment, visit);
   VisitToeplitz(p, forward, device, alignment, visit);
   VisitBurst(p, forward, device, alignment, visit);
+  for (const PassPlan& plan : StagedCandidates(p, forward, device, alignment)) visit(plan);
   VisitSlide(p, forward, device, alignment, visit);
   VisitLines(p, forward, device, alignment, visit);
   if (CanTurn(p)) {
@@ -509,6 +510,10 @@ std::string PassPlan::Text() const {
     case Kernel::kMarch: return "march:" + Join({march.vector, march.columns, march.ahead, march.rows});
     case Kernel::kMarchPlanes: return "march_planes:" + Join({march.columns, march.ahead, march.rows});
     case Kernel::kToeplitz: return "toeplitz:" + Join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
+    case Kernel::kStaged: {
+      const StagedTile& t = staged;
+      return "staged:" + Join({t.vector, t.columns, t.rows, t.lanes, t.across, t.down});
+    }
     case Kernel::kBurst: return "burst:" + Join({burst.vector, burst.columns, burst.rows});
     case Kernel::kSlide: return "slide:" + Join({slide.vector}) + (slide.along_height ? "xheight" : "xwidth");
     case Kernel::kLines: return "lines";

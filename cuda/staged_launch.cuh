@@ -1,0 +1,64 @@
+// From a tile to the instance of the kernel that has it as template arguments.
+#ifndef JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
+#define JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
+
+#include <algorithm>
+
+#include "cuda/dtypes.cuh"
+#include "cuda/staged.cuh"
+
+namespace dwsconv::cuda {
+
+template <class X, Pass kPass, int kK, int kVector, int kColumns, int kRows>
+void LaunchStagedKernel(const PassCall& call, const StagedTile& tile) {
+  const Problem& p = call.problem;
+  const StagedShape shape(p, tile);
+  Staged m{DescribeCorrelation(call)};
+  const auto [rows, columns] = DividedSize(m, kPass);
+  const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
+  m.channels = static_cast<int>(p.channels);
+  m.lanes = divisor(tile.lanes);
+  m.tiles_down = divisor(tile.down);
+  m.tiles_across = tile.across;
+  m.channel_blocks = divisor(CeilDiv(p.channels, tile.lanes * kVector));
+  m.column_blocks = divisor(CeilDiv(columns, kColumns * tile.across));
+  m.row_blocks = divisor(CeilDiv(rows, kRows * tile.down));
+  m.read_rows = shape.read_rows;
+  m.pitch = shape.pitch;
+  m.pixel_chunks = divisor(tile.lanes * kVector * sizeof(X) / 16);
+  m.row_chunks = divisor(m.pixel_chunks.value * shape.read_columns);
+  const auto threads = static_cast<unsigned>(tile.lanes * tile.across * tile.down);
+  m.copied_rows = std::max(1u, threads / m.row_chunks.value);
+  const auto blocks =
+      static_cast<unsigned>(p.batch * m.row_blocks.value * m.column_blocks.value * m.channel_blocks.value);
+  const auto kernel = StagedKernel<X, kPass, kK, kVector, kColumns, kRows>;
+  if (shape.bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes);
+  kernel<<<blocks, threads, shape.bytes, call.stream>>>(m, static_cast<const X*>(call.source), call.filter,
+                                                        static_cast<X*>(call.result));
+}
+
+template <class X, Pass kPass>
+bool LaunchStagedTile(const PassCall& call, const StagedTile& tile) {
+#define DWSCONV_TRY(kK, kVector, kColumns, kRows)                                                                \
+  if (call.problem.kernel_h == kK && tile.vector == kVector && tile.columns == kColumns && tile.rows == kRows) { \
+    LaunchStagedKernel<X, kPass, kK, kVector, kColumns, kRows>(call, tile);                                      \
+    return true;                                                                                                 \
+  }
+  DWSCONV_STAGED_TILES(DWSCONV_TRY)
+#undef DWSCONV_TRY
+  return false;
+}
+
+template <Pass kPass>
+bool LaunchStagedPass(const PassCall& call, const StagedTile& tile) {
+  switch (call.problem.x_dtype) {
+    case Dtype::kF32: return LaunchStagedTile<float, kPass>(call, tile);
+    case Dtype::kBF16: return LaunchStagedTile<BFloat16, kPass>(call, tile);
+    case Dtype::kF16: return LaunchStagedTile<Float16, kPass>(call, tile);
+    default: return false;
+  }
+}
+
+}  // namespace dwsconv::cuda
+
+#endif  // JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
