@@ -135,7 +135,7 @@ def training_step(name: str, devices: int, own_statistics: bool, options: argpar
 
 
 def training_steps(options: argparse.Namespace) -> list[list[Contestant]]:
-    """The steps of every model, compiled at the same time; those of one device first, which find the fastest kernels."""
+    """The steps of every model, compiled at the same time; those of one device first, which try the kernels out."""
 
     def compiled(*kinds: tuple[int, bool]) -> list[list[Contestant]]:
         futures = [[pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models]
@@ -202,8 +202,8 @@ def run(options: argparse.Namespace) -> None:
         check_images(contestants, options)
         one, several = measure(contestants, options.seconds)
         add_row(contestants[0].name, f"{1e3 * one:.3f} ms", f"{1e3 * several:.3f} ms", one / several)
-    for contestants in training_steps(options):
-        contestants = check_losses(contestants)
+    for steps in training_steps(options):
+        contestants = check_losses(steps)
         one, *several = measure(contestants, options.seconds)
         for contestant, each in zip(contestants[1:], several, strict=True):
             rates = options.batch / one, options.batch * contestant.devices / each
