@@ -65,19 +65,6 @@ def test_likeness():
     assert bench_models.likeness(a, np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 0.0]])) == pytest.approx((0.5, 9 / 25))
 
 
-def test_different_labels_of_a_trained_model_are_noticed(monkeypatch):
-    monkeypatch.setattr(bench_models, "PRETRAINED", "mobilenet_v1")
-    monkeypatch.setattr(bench_models.weights, "load_pretrained", _random_tiny_model)
-    monkeypatch.setattr(bench_models, "likeness", lambda a, b: (0.75, 1.0))
-    arguments = "--models mobilenet_v1 --modes inference --batch 1 --dtype float32 --size 32 --seconds 0.01"
-    with pytest.raises(SystemExit, match="folded and flax give different labels"):
-        bench_models.main(arguments.split())
-
-
-def _random_tiny_model(conv, dtype):
-    return models.create("mobilenet_v1", conv=conv, dtype=dtype)
-
-
 def test_one_batch_size_of_all_models_first(monkeypatch):
     measured = []
 
