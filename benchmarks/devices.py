@@ -31,31 +31,31 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jax_dwsconv
 
+START = time.perf_counter()
 ROUNDS = 7
 LOSS_TOLERANCE = 0.1
 
 
 class Contestant(NamedTuple):
-    """A function that is called again and again, on its own results, so that calls wait for one another.
+    """A function that is called again and again.
 
     Attributes:
       name: of the line.
       devices: how many there are.
       call: takes the operands.
       operands: of the next call.
-      fed: the operand that is the first of the results in the next call.
+      trains: whether the first result is the first operand of the next call, the second one has the loss.
     """
 
     name: str
     devices: int
     call: Callable
     operands: tuple[Any, ...]
-    fed: int
+    trains: bool
 
     def after(self, result: Any) -> "Contestant":
         """With the operands of the next call."""
-        first = jax.tree.leaves(result)[0] if isinstance(self.operands[self.fed], jax.Array) else result[0]
-        return self._replace(operands=(*self.operands[: self.fed], first, *self.operands[self.fed + 1 :]))
+        return self._replace(operands=(result[0], *self.operands[1:])) if self.trains else self
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -76,6 +76,9 @@ def gradients(x, kernel, g):
     return jax.vjp(jax_dwsconv.depthwise_conv2d, x, kernel)[1](g)
 
 
+PASSES = {function.__name__: function for function in (forward, gradients)}
+
+
 def image_pass(function: Callable, devices: int, options: argparse.Namespace) -> Contestant:
     """A compiled pass over an image that is divided by height."""
     mesh, image = mesh_of(devices), (1, *options.image)
@@ -84,10 +87,10 @@ def image_pass(function: Callable, devices: int, options: argparse.Namespace) ->
     for number, (shape, spec) in enumerate(((image, P(None, "d")), (kernel, P()), (image, P(None, "d")))):
         make = functools.partial(jax.random.normal, shape=shape, dtype=options.dtype)
         x = jax.jit(make, out_shardings=NamedSharding(mesh, spec))(jax.random.key(number))
-        operands.append(x / options.kernel if shape == kernel else x)  # results as large as what they are made of
+        operands.append(x / options.kernel if shape == kernel else x)  # results as large as x
     name = f"{'x'.join(map(str, options.image))}, kernel {options.kernel}, {function.__name__}"
     compiled = jax.jit(function, keep_unused=True).lower(*operands).compile()
-    return Contestant(name, devices, compiled, tuple(operands), fed=0 if function is forward else 2)
+    return Contestant(name, devices, compiled, tuple(operands), trains=False)
 
 
 def check_images(contestants: list[Contestant], options: argparse.Namespace) -> None:
@@ -127,7 +130,21 @@ def training_step(name: str, devices: int, own_statistics: bool, options: argpar
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     kind = "own statistics" if own_statistics else "statistics of all"
     compiled = jax.jit(step, donate_argnums=0).lower(*operands).compile()
-    return Contestant(f"{name} training, {kind}", devices, compiled, operands, fed=0)
+    report_time(f"{name}, {devices} devices, {kind}: compiled")
+    return Contestant(f"{name} training, {kind}", devices, compiled, operands, trains=True)
+
+
+def training_steps(options: argparse.Namespace) -> list[list[Contestant]]:
+    """The steps of every model, compiled at the same time; those of one device first, which try the kernels out."""
+
+    def compiled(*kinds: tuple[int, bool]) -> list[list[Contestant]]:
+        futures = [[pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models]
+        return [[future.result() for future in each] for each in futures]
+
+    with ThreadPoolExecutor() as pool:
+        one = compiled((1, False))
+        several = compiled((options.devices, False), (options.devices, True))
+    return [a + b for a, b in zip(one, several, strict=True)]
 
 
 def check_losses(contestants: list[Contestant]) -> list[Contestant]:
@@ -144,15 +161,19 @@ def check_losses(contestants: list[Contestant]) -> list[Contestant]:
 
 
 def timed(contestant: Contestant, calls: int) -> tuple[float, Contestant]:
-    """Mean time of a call, in seconds, and the contestant after them."""
+    """Mean time of a call, in seconds, and the contestant after them. Raises SystemExit where training has diverged."""
     jax.block_until_ready(contestant.operands)
     start = time.perf_counter()
     for _ in range(calls):
-        contestant = contestant.after(contestant.call(*contestant.operands))
+        result = contestant.call(*contestant.operands)
+        contestant = contestant.after(result)
         if jax.default_backend() == "cpu":  # where XLA's collectives can lock one another out
-            jax.block_until_ready(contestant.operands)
-    jax.block_until_ready(contestant.operands)
-    return (time.perf_counter() - start) / calls, contestant
+            jax.block_until_ready(result)
+    jax.block_until_ready(result)
+    mean = (time.perf_counter() - start) / calls
+    if contestant.trains and not math.isfinite(result[1].loss):
+        raise SystemExit(f"{contestant.name}: the loss is {result[1].loss}")
+    return mean, contestant
 
 
 def measure(contestants: list[Contestant], seconds: float) -> list[float]:
@@ -170,25 +191,29 @@ def run(options: argparse.Namespace) -> None:
     """Checks, measures and prints a table."""
     print(f"{options.devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}\n", flush=True)
     rows = []
-    for function in (forward, gradients):
-        contestants = [image_pass(function, devices, options) for devices in (1, options.devices)]
+
+    def add_row(name: str, one: str, several: str, speedup: float) -> None:
+        rows.append(f"| {name} | {one} | {several} | {speedup:.2f}x |")
+        report_time(rows[-1])  # the rest may take long
+
+    for function in options.passes:
+        contestants = [image_pass(PASSES[function], devices, options) for devices in (1, options.devices)]
+        report_time(f"{contestants[0].name} compiled")
         check_images(contestants, options)
         one, several = measure(contestants, options.seconds)
-        rows.append((contestants[0].name, f"{1e3 * one:.3f} ms", f"{1e3 * several:.3f} ms", one / several))
-        print(*rows[-1], flush=True)  # the rest may take long
-    kinds = [(1, False), (options.devices, False), (options.devices, True)]
-    with ThreadPoolExecutor() as pool:  # to compile at the same time
-        steps = [[pool.submit(training_step, name, *kind, options) for kind in kinds] for name in options.models]
-    for futures in steps:
-        contestants = [future.result() for future in futures]
-        contestants = check_losses(contestants)
+        add_row(contestants[0].name, f"{1e3 * one:.3f} ms", f"{1e3 * several:.3f} ms", one / several)
+    for steps in training_steps(options):
+        contestants = check_losses(steps)
         one, *several = measure(contestants, options.seconds)
         for contestant, each in zip(contestants[1:], several, strict=True):
             rates = options.batch / one, options.batch * contestant.devices / each
-            rows.append((contestant.name, *(f"{rate:,.0f} images/s" for rate in rates), rates[1] / rates[0]))
-    print(f"\n| | 1 device | {options.devices} devices | speed-up |\n|---|---|---|---|")
-    for name, one, several, speedup in rows:
-        print(f"| {name} | {one} | {several} | {speedup:.2f}x |")
+            add_row(contestant.name, *(f"{rate:,.0f} images/s" for rate in rates), rates[1] / rates[0])
+    print(f"\n| | 1 device | {options.devices} devices | speed-up |\n|---|---|---|---|", *rows, sep="\n")
+
+
+def report_time(event: str) -> None:
+    """Prints when something was done, in seconds since the start."""
+    print(f"{time.perf_counter() - START:.0f} s: {event}", flush=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -204,6 +229,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=128, metavar="N", help="images for every device")
     add("--size", type=int, default=224, metavar="PIXELS", help="of these images")
     add("--image", nargs=3, type=int, default=[2048, 2048, 256], metavar="N", help="height, width, channels")
+    add("--passes", nargs="*", choices=tuple(PASSES), default=list(PASSES), help="over the large image")
     add("--kernel", type=int, default=7, metavar="N", help="of the large image's convolution")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in")
     add("--seconds", type=float, default=2.0, metavar="S", help="of timing each function")

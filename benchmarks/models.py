@@ -6,7 +6,9 @@ statistics, in two further forms: "folded" is ours with BatchNorm and activation
 can write without this package, BatchNorm folded, depthwise convolutions as sums of shifted products and pointwise ones
 as matrix products. The time of a call is the median of calls that are blocked on, that of back-to-back calls is of ten
 that are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). All sides
-get the same parameters and images, and their results are compared.
+get the same parameters and images, and their results are compared. Inference is that of photographs, EfficientNet-Lite0
+with its ImageNet weights, the others with random ones: beside the times are the share of images that get the same label
+as from plain Flax, and the least cosine between the logits of the two.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import crops
 import jax
 import jax.numpy as jnp
 import latency
@@ -33,6 +36,8 @@ import optax
 import training
 from flax import nnx
 from jax import lax
+from models import weights
+from PIL import Image, ImageOps
 
 from jax_dwsconv import _versions, inference
 
@@ -40,6 +45,9 @@ from jax_dwsconv import _versions, inference
 SIDES = {"inference": ("folded", "flax", "ours", "expert"), "train": ("ours", "flax")}
 BATCHES = {"inference": (1, 8, 32, 128), "train": (32, 64, 128, 256)}
 TOLERANCE = {"float32": 2e-2, "bfloat16": 2e-1}  # of the largest logit or of the loss; a GPU multiplies in TF32
+PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
+BORDER = 0.0625  # cut off on every side, as in the evaluation of EfficientNet
+PRETRAINED = "efficientnet_lite0"
 FIELDS = ("model", "mode", "batch", "dtype", "size")
 
 
@@ -56,15 +64,18 @@ class Case(NamedTuple):
 def compiled(case: Case, side: str) -> tuple[Callable, tuple[Any, ...]]:
     """A compiled function and its operands; its first result is the logits or the loss."""
     conv = "ours" if side in ("folded", "ours") else "flax"
-    model = nnx.eval_shape(lambda: models.create(case.model, conv=conv, dtype=case.dtype))
-    models.fill(model)
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(256, size=(case.batch, case.size, case.size, 3), dtype=np.uint8))
+    if case.mode == "inference" and case.model == PRETRAINED:
+        model = weights.load_pretrained(conv, case.dtype)
+    else:
+        model = nnx.eval_shape(lambda: models.create(case.model, conv=conv, dtype=case.dtype))
+        models.fill(model)
     if case.mode == "inference":
         model.eval()
         model = {"folded": models.folded, "expert": expert}.get(side, lambda model: model)(model)
-        x = images.astype(jnp.float32) / 128 - 1
+        x = jnp.asarray(np.resize(photographs(case.size), (case.batch, case.size, case.size, 3)))
         return models.compiled(model).lower(x).compile(), (x,)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(256, size=(case.batch, case.size, case.size, 3), dtype=np.uint8))
     optimizer = optax.sgd(0.1, momentum=0.9)
     step = training.train_step(model, optimizer)
     leaves, treedef = jax.tree.flatten(training.create_state(model, optimizer))
@@ -76,6 +87,14 @@ def compiled(case: Case, side: str) -> tuple[Callable, tuple[Any, ...]]:
 
     operands = (leaves, images, jnp.asarray(rng.integers(1000, size=case.batch, dtype=np.int32)))
     return flat_step.lower(*operands).compile(), operands
+
+
+@functools.cache
+def photographs(size: int) -> np.ndarray:
+    """The centre squares of photographs inside scikit-image, (N, size, size, 3) float32 of about [-1, 1]."""
+    pictures = [Image.open(crops.data_folder() / name).convert("RGB") for name in PHOTOGRAPHS]
+    squares = [ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC, BORDER) for picture in pictures]
+    return (np.stack(squares).astype(np.float32) - training.PIXEL_MEAN) / training.PIXEL_SCALE
 
 
 def expert(model: nnx.Module) -> nnx.Module:
@@ -146,6 +165,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         row[f"{side}_difference"] = difference
         if not difference < TOLERANCE[case.dtype]:
             raise SystemExit(f"{case}: {side} and flax differ by {difference:.1e}")
+        if case.mode == "inference":
+            row[f"{side}_same_labels"], row[f"{side}_cosine"] = likeness(results[side], results["flax"])
     if case.mode == "inference":
         (x,) = operands
         samples = latency.measure({side: function for side, (function, _) in sides.items()}, x, budget_s=4 * seconds)
@@ -158,6 +179,12 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         if jax.default_backend() == "gpu":
             row[f"{side}_kernels_ms"] = kernels_ms(function, operands)
     return row
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The share of rows of logits with the same label, and the least cosine between the rows."""
+    cosines = np.sum(a * b, axis=-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return float(np.mean(a.argmax(-1) == b.argmax(-1))), float(cosines.min())
 
 
 def kinds_of(mode: str) -> tuple[str, ...]:
@@ -217,13 +244,13 @@ def run(options: argparse.Namespace) -> None:
         "jax-dwsconv": _versions.PACKAGE,
         "date": datetime.date.today().isoformat(),
     }
-    print(", ".join(f"{k} {v}" for k, v in environment.items()) + "\n")
-    cases = [
+    print(", ".join(f"{k} {v}" for k, v in environment.items()) + "\n", flush=True)
+    cases = [  # all models for one batch size, then for the next one, as far as the time allows
         Case(model, mode, batch, dtype, options.size)
         for mode in options.modes
-        for model in options.models
         for dtype in options.dtype
         for batch in options.batch or BATCHES[mode]
+        for model in options.models
     ]
     shown = None
     rows: list[dict[str, Any]] = []
@@ -244,20 +271,22 @@ def run(options: argparse.Namespace) -> None:
         if case.mode != shown:
             shown = case.mode
             columns = [f"{side}_{kind}" for kind in kinds for side in sides]
+            likenesses = [f"{sides[0]}_same_labels", f"{sides[0]}_cosine"] if case.mode == "inference" else []
+            columns += likenesses
             print(f"\n| {' | '.join((*FIELDS, *columns))} |\n|{'---|' * (len(FIELDS) + len(columns))}")
-        cells = [f"{row[f'{side}_{kind}']:.3f}" for kind in kinds for side in sides]
+        cells = [f"{row[column]:.{4 if column in likenesses else 3}f}" for column in columns]
         print(f"| {' | '.join((*map(str, case), *cells))} |", flush=True)
         if options.output is not None:
             write(rows, environment, options.output)
     if rows and options.output is not None:
         plot(rows, options.output.with_suffix(".png"))
-    for mode, dtype in dict.fromkeys((row["mode"], row["dtype"]) for row in rows):
-        shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
+    for mode, dtype, batch in dict.fromkeys((row["mode"], row["dtype"], row["batch"]) for row in rows):
+        shown = [row for row in rows if (row["mode"], row["dtype"], row["batch"]) == (mode, dtype, batch)]
         first, *others = SIDES[mode]
         for other in others:
             means = {k: statistics.geometric_mean(speedup(row, k, other) for row in shown) for k in kinds_of(mode)}
             text = ", ".join(f"{kind} {mean:.2f}x" for kind, mean in means.items())
-            print(f"\n{mode} {dtype}, {other} / {first}, geometric mean of {len(shown)}: {text}", end="")
+            print(f"\n{mode} {dtype} batch {batch}, {other} / {first}, geometric mean of {len(shown)}: {text}", end="")
         print()
 
 

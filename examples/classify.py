@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -362,19 +362,23 @@ def run(options: argparse.Namespace) -> int:
     return 0 if agreed else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    options = parse_arguments(arguments)
+def exit_code(program: str, run: Callable, options: argparse.Namespace, *mendable: type[Exception]) -> int:
+    """That of `run(options)`; 2 after an error that the user can mend, which is said in one line."""
     try:
-        # Some GPUs round float32 products to TF32 by default; the 1x1 convolutions would then hide what is compared.
+        # Some GPUs round float32 products to TF32 by default, which would hide what is compared.
         with jax.default_matmul_precision("highest"):
             return run(options)
     except ModuleNotFoundError as error:
         message = f"{error.name.partition('.')[0]} is missing: pip install 'jax-dwsconv[examples]'"
-    except (InputError, WeightsError, ImportError) as error:
+    except (WeightsError, ImportError, *mendable) as error:
         message = str(error)
-    print(f"classify.py: {message}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return exit_code("classify.py", run, parse_arguments(arguments), InputError)
 
 
 if __name__ == "__main__":

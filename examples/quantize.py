@@ -26,7 +26,7 @@ try:
     from models import compiled, folded, quantization
     from models.efficientnet import IMAGE_SIZE
     from models.quantization import Network, NetworkError
-    from models.weights import WeightsError, load_pretrained
+    from models.weights import load_pretrained
 except ModuleNotFoundError as error:
     print(f"quantize.py: {error.name} is missing: pip install 'jax-dwsconv[examples]'", file=sys.stderr)
     raise SystemExit(2) from None
@@ -171,16 +171,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parse_arguments(arguments)
-    try:
-        # Some GPUs round float32 products to TF32 by default; float32 is what int8 is compared with.
-        with jax.default_matmul_precision("highest"):
-            return run(options)
-    except ModuleNotFoundError as error:
-        message = f"{error.name.partition('.')[0]} is missing: pip install 'jax-dwsconv[examples]'"
-    except (classify.InputError, serve.InputError, NetworkError, WeightsError, ImportError) as error:
-        message = str(error)
-    print(f"quantize.py: {message}", file=sys.stderr)
-    return 2
+    return classify.exit_code("quantize.py", run, options, classify.InputError, serve.InputError, NetworkError)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,8 @@ from jax_dwsconv import _versions  # isort: skip
 _versions.check()
 
 from jax_dwsconv._config import FallbackWarning, UnsupportedError
-from jax_dwsconv.convolution import (
-    conv_general_dilated,
-    depthwise_conv1d,
-    depthwise_conv2d,
-    depthwise_conv_transpose2d,
-)
+from jax_dwsconv.convolution import depthwise_conv1d, depthwise_conv2d, depthwise_conv_transpose2d
+from jax_dwsconv.drop_in import conv_general_dilated
 from jax_dwsconv.exporting import disabled_export_checks
 from jax_dwsconv.halos import exchange_halos
 from jax_dwsconv.pointwise import pointwise_conv2d

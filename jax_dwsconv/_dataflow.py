@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
 from jax_dwsconv import linen as our_linen, nnx as our_nnx
-from jax_dwsconv.convolution import conv_general_dilated
+from jax_dwsconv.drop_in import conv_general_dilated
 
 Path = tuple[Any, ...]
 

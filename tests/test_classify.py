@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import classify
 import jax
-from models import weights
+from models import compiled, folded, weights
 
 # (class, probability) of the reference implementation with the same weights and preprocessing.
 EXPECTED = {
@@ -56,6 +56,16 @@ def test_variants_agree(models):
         x = classify.preprocess(classify.load_photograph(path))
         ours, flax = (np.asarray(models[conv](x)) for conv in ("ours", "flax"))
         assert classify.differences(ours, flax)[1] < 1e-3
+
+
+def test_folded_gives_the_same_labels_in_bfloat16():
+    x = np.concatenate([classify.preprocess(classify.load_photograph(path)) for path in classify.default_photographs()])
+    plain, ours = (weights.load_pretrained(conv, "bfloat16") for conv in ("flax", "ours"))
+    expected, logits = (np.asarray(compiled(model)(x), np.float32) for model in (plain, folded(ours)))
+    labels = logits.argmax(-1)
+    # The two cats are a tie to within the rounding of a logit.
+    assert (expected[np.arange(len(x)), labels] >= expected.max(-1) - 0.125).all()
+    assert [classify.class_name(label) for label in labels[1:]] == ["espresso", "missile", "football helmet"]
 
 
 def test_native_kernels_are_compared(models):

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 DepthwiseLayer = Literal["ours", "flax"]
@@ -115,28 +116,30 @@ class ConvNorm(nnx.Module):
 
         kernel, bias = self.conv.kernel[...], self.conv.bias[...]
         if kernel.shape[:2] != (1, 1):
-            x, kernel = _windows(x.astype(kernel.dtype), kernel, self.conv.strides)
+            x, kernel = _for_product(x.astype(kernel.dtype), kernel, self.conv.strides)
         return pointwise_conv2d(x, kernel, bias=bias, gate=gate, residual=residual, activation=self.activation)
 
 
-def _windows(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _for_product(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """Image and kernel of a pointwise convolution that does the same, with "SAME" padding.
 
     A pixel becomes all that is under the window; zeros make the number of channels a multiple of 8.
     """
-    window = kernel.shape[:2]
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    last = [size - extent + 1 for size, extent in zip(x.shape[1:3], window, strict=True)]
-    taps = [
-        x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
+    taps = pixels_of_taps(x, kernel.shape[:2], strides)
     kernel = kernel.reshape(-1, kernel.shape[-1])
     missing = -len(kernel) % 8
     taps.append(jnp.zeros((*taps[0].shape[:3], missing), x.dtype))
     return jnp.concatenate(taps, axis=-1), jnp.pad(kernel, ((0, missing), (0, 0)))
+
+
+def pixels_of_taps(
+    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], zero_point: int = 0
+) -> list[jax.Array]:
+    """What each tap of a window sees of x, (N, H', W', C), with "SAME" padding of `zero_point`."""
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=zero_point)
+    height, width = (size - extent + 1 for size, extent in zip(x.shape[1:3], window, strict=True))
+    return [x[:, i : i + height : strides[0], j : j + width : strides[1]] for i, j in np.ndindex(*window)]
 
 
 class SqueezeExcite(nnx.Module):

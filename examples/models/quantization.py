@@ -26,7 +26,7 @@ from flax import nnx
 
 from jax_dwsconv import inference, quantized
 
-from .blocks import ConvNorm, InvertedResidual, InvertedResidualNet
+from .blocks import ConvNorm, InvertedResidual, InvertedResidualNet, pixels_of_taps
 from .mobilenet import MobileNetV1
 
 BINS = 4096  # of the histograms that percentiles are read from
@@ -119,9 +119,9 @@ def _depthwise(layer, arrays, x, results):
 
 def _dense(layer, arrays, x, results):
     kernel = arrays["kernel"]
-    x = _windows(x, kernel.shape[:2], layer.stride, layer.x_zero_point)
+    taps = pixels_of_taps(x, kernel.shape[:2], (layer.stride,) * 2, layer.x_zero_point)
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    sums = quantized.pointwise_conv(x, kernel, bias=arrays["bias"])
+    sums = quantized.pointwise_conv(jnp.concatenate(taps, axis=-1), kernel, bias=arrays["bias"])
     if layer.skip:
         skip = quantized.dequantize(results[layer.skip], arrays["skip_scale"], layer.skip_zero_point)
         sums += jnp.round(skip).astype(jnp.int32)
@@ -142,15 +142,6 @@ def _logits(layer, arrays, x, results):
 
 
 _KINDS = {"depthwise": _depthwise, "dense": _dense, "mean": _mean, "logits": _logits}
-
-
-def _windows(x: jax.Array, window: tuple[int, int], stride: int, zero_point: int) -> jax.Array:
-    """Of each pixel all that is under the window, (N, H', W', kh * kw * C), with "SAME" padding."""
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], window, (stride, stride), "SAME")
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=zero_point)
-    height, width = (size - extent + 1 for size, extent in zip(x.shape[1:3], window, strict=True))
-    taps = [x[:, i : i + height : stride, j : j + width : stride] for i, j in np.ndindex(*window)]
-    return jnp.concatenate(taps, axis=-1)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
