@@ -4,6 +4,7 @@
 #include "cuda/dtypes.cuh"
 #include "cuda/kernels.h"
 #include "cuda/tap_products.h"
+#include "cuda/tap_rows.h"
 #include "cuda/tap_sums.h"
 
 namespace dwsconv::cuda {
@@ -150,6 +151,8 @@ bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* 
     using Y = typename decltype(y_type)::type;
     if (plan.kernel == GradFilterPlan::Kernel::kTapSums) {
       has_instance = LaunchTapSums(plan.turned ? Turned(p) : p, plan, x, g, filter, workspace, stream);
+    } else if (plan.kernel == GradFilterPlan::Kernel::kTapRows) {
+      has_instance = LaunchTapRows(p, plan, x, g, filter, workspace, stream);
     } else if (plan.kernel == GradFilterPlan::Kernel::kTapProducts) {
       has_instance = LaunchTapProducts(p, plan, x, g, filter, workspace, stream);
     } else {

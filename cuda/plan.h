@@ -190,6 +190,25 @@ struct TapSumsTile {
   M(1, 3, 1, 1, 1) M(1, 3, 1, 4, 1) M(1, 4, 1, 1, 1) M(1, 4, 1, 4, 1) M(1, 5, 1, 1, 1) M(1, 5, 1, 4, 1)
 // clang-format on
 
+// grad_filter of 3x3, 5x5 and 7x7 in NHWC from shared memory (tap_rows.cuh): a thread has kVector channels of one row
+// of the filter; a block `lanes` such vectors and as many walkers, which go along rows of g, kColumns at once. It adds
+// up pieces of `rows` times `columns` of g; the sums come out in `splits` parts.
+struct TapRowsTile {
+  static constexpr int kVector = 2, kColumns = 7;
+  int lanes, walkers, rows, columns, splits;
+};
+
+constexpr int kTapRowsThreads = 512;  // at most
+
+// How x and g of a block lie in shared memory.
+struct TapRowsShape {
+  TapRowsShape(const Problem& p, const TapRowsTile& tile);
+
+  int threads;
+  int x_rows, x_columns, x_pitch, g_pitch;  // pitch: elements from row to row
+  int bytes;
+};
+
 // grad_filter of 16-bit types in NHWC on tensor cores (tap_products.cuh). A block has `chunks` times 8 channels with
 // `walkers` warps each; a tile is a stretch of `columns` columns of `rows` rows of g in `images` images. The filter's
 // rows and columns that fit depend on `sets`.
@@ -215,12 +234,13 @@ struct GradFilterPieces {
 
 // The sums come in `splits` parts. Either the blocks of a cluster add them, or a second kernel does, both in order.
 struct GradFilterPlan {
-  enum class Kernel { kPieces, kTapSums, kTapProducts };
+  enum class Kernel { kPieces, kTapSums, kTapRows, kTapProducts };
   Kernel kernel = Kernel::kPieces;
   bool turned = false;
   int64_t splits = 1;
   GradFilterPieces pieces{};
   TapSumsTile tap_sums{};
+  TapRowsTile tap_rows{};
   TapProductsTile tap_products{};
   bool one_launch = false;
   double cycles = 0;

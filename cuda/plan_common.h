@@ -50,6 +50,25 @@ void ForStripRows(int64_t rows, const Visit& visit) {
 // The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc).
 std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
 
+// The same for GradFilterCandidates (plan_tap_rows.cc).
+std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& device, int64_t alignment,
+                                              int64_t max_splits);
+
+// Whether the blocks of all splits can be a cluster, whose size is portable up to eight.
+inline bool OneLaunch(int64_t splits, const Device& device) {
+  return splits == 1 || (splits <= 8 && device.capability >= 90);
+}
+
+// Bytes from row to row in shared memory, so that threads of a warp which read `together` bytes each in different rows,
+// `step` rows apart, meet in no bank: an odd multiple of these bytes, where that can be had.
+inline int64_t SpreadPitch(int64_t row, int64_t together, int64_t step) {
+  if (together >= 128) return row;
+  for (int64_t pitch = row; pitch < row + 128; pitch += 16) {
+    if (step * pitch % (2 * together) == together) return pitch;
+  }
+  return row;
+}
+
 // All that is visited, and in the end `otherwise`, which takes everything.
 template <class Plan, class VisitAll>
 std::vector<Plan> Candidates(const Plan& otherwise, const VisitAll& visit_all) {

@@ -84,9 +84,6 @@ double EstimateTapSums(const Problem& p, const TapSumsInstance& instance, const 
   return 8561 + march + 0.72 * tile.splits * p.filter_elements() / device.multiprocessors;
 }
 
-// Whether the blocks of all splits can be a cluster, whose size is portable up to eight.
-bool OneLaunch(int64_t splits, const Device& device) { return splits == 1 || (splits <= 8 && device.capability >= 90); }
-
 template <class Visit>
 void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits, const Visit& visit) {
   if (!TapSumsApply(p)) return;
@@ -263,6 +260,7 @@ template <class Visit>
 void VisitGradFilters(const Problem& p, const Device& device, int64_t alignment, int64_t max_splits,
                       const Visit& visit) {
   VisitTapSums(p, device, alignment, max_splits, visit);
+  for (const GradFilterPlan& plan : TapRowsCandidates(p, device, alignment, max_splits)) visit(plan);
   VisitTapProducts(p, device, alignment, max_splits, visit);
   if (CanTurn(p)) {
     VisitTapSums(Turned(p), device, alignment, max_splits, [&](GradFilterPlan plan) {
@@ -285,6 +283,10 @@ std::string GradFilterPlan::Text() const {
   switch (kernel) {
     case Kernel::kTapSums:
       return "tap_sums:" + Join({tap_sums.vector, tap_sums.columns, tap_sums.rows, tap_sums.lanes, tap_sums.splits});
+    case Kernel::kTapRows: {
+      const TapRowsTile& t = tap_rows;
+      return "tap_rows:" + Join({t.lanes, t.walkers, t.rows, t.columns, t.splits});
+    }
     case Kernel::kTapProducts: {
       const TapProductsTile& t = tap_products;
       return "tap_products:" + Join({t.sets, t.chunks, t.walkers, t.columns, t.rows, t.images, t.splits});

@@ -84,14 +84,8 @@ StagedShape::StagedShape(const Problem& p, const StagedTile& tile) {
   read_rows = static_cast<int>((tile.rows * tile.down - 1) * p.stride_h + p.kernel_h);
   read_columns = static_cast<int>((tile.columns * tile.across - 1) * p.stride_w + p.kernel_w);
   const int64_t element = BytesOf(p.x_dtype), channels = tile.lanes * tile.vector;
-  // Threads of one warp that have different rows should meet in no bank: their rows are an odd multiple of the bytes
-  // apart that those of one tile read together.
-  const int64_t together = channels * element, row = read_columns * together;
-  int64_t padding = 0;
-  while (together < 128 && padding < 128 && (tile.rows * p.stride_h * (row + padding)) % (2 * together) != together) {
-    padding += 16;
-  }
-  pitch = static_cast<int>((row + padding % 128) / element);
+  pitch = static_cast<int>(SpreadPitch(read_columns * channels * element, channels * element, tile.rows * p.stride_h) /
+                           element);
   bytes = static_cast<int>(read_rows * pitch * element + p.kernel_h * p.kernel_w * channels * 4);
 }
 

@@ -46,6 +46,22 @@ __device__ __forceinline__ void Copy(const float (&from)[kTile][kVector], float 
   }
 }
 
+// Adds the products of a row of x with one row of g, of which the first `count` columns exist. (The others must not
+// take part: zero times infinity.)
+template <int kS, int kK, int kVector, int kTile, int kColumns>
+__device__ __forceinline__ void AddProducts(const float (&in)[kColumns][kVector], const float (&g)[kTile][kVector],
+                                            int count, float (&taps)[kK][kVector]) {
+#pragma unroll
+  for (int b = 0; b < kTile; ++b) {
+    if (b >= count) break;
+#pragma unroll
+    for (int j = 0; j < kK; ++j) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) taps[j][v] = fmaf(in[b * kS + j][v], g[b][v], taps[j][v]);
+    }
+  }
+}
+
 }  // namespace dwsconv::cuda
 
 #endif  // JAX_DWSCONV_CUDA_ROW_CUH_

@@ -9,48 +9,17 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/row.cuh"
 #include "cuda/staged.h"
-#include "cuda/tensor_core.cuh"
 #include "cuda/tile_axis.cuh"
 
 namespace dwsconv::cuda {
-
-// Copies the source of a block, whose first pixel has these coordinates, to shared memory. Threads that are neighbours
-// copy neighbouring chunks of a row, and go down the rows.
-template <class X>
-__device__ __forceinline__ void CopySource(const Staged& m, const X* image, int channel, int first_row,
-                                           int first_column, X* pixels) {
-  constexpr int kChunk = 16 / sizeof(X);
-  const int step_h = static_cast<int>(m.source.step.h), step_w = static_cast<int>(m.source.step.w);
-  uint32_t slow = threadIdx.x;
-  uint32_t index = m.row_chunks.Take(slow);
-  if (slow >= m.copied_rows) return;
-  for (; index < m.row_chunks.value; index += blockDim.x) {
-    uint32_t column = index;
-    const int chunk_channel = m.pixel_chunks.Take(column) * kChunk;
-    const int w = first_column + column;
-    const bool inside =
-        static_cast<unsigned>(w) < static_cast<unsigned>(m.source.w) && channel + chunk_channel < m.channels;
-    int h = first_row + slow;
-    const X* from = image + channel + chunk_channel + static_cast<int64_t>(h) * step_h + w * step_w;
-    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(pixels + slow * m.pitch)) + index * 16;
-#pragma unroll 4
-    for (int row = slow; row < m.read_rows; row += m.copied_rows) {
-      const bool valid = inside && static_cast<unsigned>(h) < static_cast<unsigned>(m.source.h);
-      CopyAsync16(to, valid ? from : image, valid, true);
-      h += m.copied_rows;
-      from += m.copied_rows * step_h;
-      to += m.copied_rows * m.pitch * static_cast<int>(sizeof(X));
-    }
-  }
-}
 
 // Copies the part of the filter that a block needs, in float32 and scaled: taps[row][column][channel].
 template <class F, int kK, int kChunk>
 __device__ __forceinline__ void CopyFilter(const Staged& m, const F* filter, int channel, float* taps) {
   constexpr int kAtOnce = 2;
-  const uint32_t total = kK * kK * m.pixel_chunks.value;
+  const uint32_t total = kK * kK * m.read.pixel_chunks.value;
   const auto locate = [&](uint32_t index, int& tap) {  // returns the channel within the block
-    const int within = m.pixel_chunks.Take(index) * kChunk;
+    const int within = m.read.pixel_chunks.Take(index) * kChunk;
     tap = index;
     return within;
   };
@@ -77,7 +46,7 @@ __device__ __forceinline__ void CopyFilter(const Staged& m, const F* filter, int
 #pragma unroll
         for (int v = 0; v < kChunk; ++v) values[v] *= scale[v];
       }
-      StoreVector(taps + (tap * m.pixel_chunks.value) * kChunk + within, values);
+      StoreVector(taps + (tap * m.read.pixel_chunks.value) * kChunk + within, values);
     }
   }
 }
@@ -99,10 +68,10 @@ __global__ void __launch_bounds__(kStagedThreads)
   const int image = rest;
 
   X* const pixels = reinterpret_cast<X*>(memory);
-  CopySource(m, source + image * m.source.step.n, first_channel, Row::FirstRead(first_strip, m.pad_top),
-             Column::FirstRead(first_tile, m.pad_left), pixels);
+  CopyTile(m.read, m.source, source + image * m.source.step.n + first_channel, m.channels - first_channel,
+           Row::FirstRead(first_strip, m.pad_top), Column::FirstRead(first_tile, m.pad_left), pixels);
   CommitCopies();
-  float* const taps = reinterpret_cast<float*>(pixels + m.read_rows * m.pitch);
+  float* const taps = reinterpret_cast<float*>(pixels + m.read.rows * m.read.pitch);
   const int64_t first_tap = m.first_tap + (m.grouped ? m.images_per_group.Quotient(image) : 0) * m.filter.n;
   if (std::is_same_v<X, float> || !m.filter_is_float) {
     CopyFilter<X, kK, kChunk>(m, static_cast<const X*>(filter) + first_tap, first_channel, taps);
@@ -120,7 +89,7 @@ __global__ void __launch_bounds__(kStagedThreads)
   __syncthreads();
   if (!active) return;
 
-  const X* const tile = pixels + down * kTileRows * kStep * m.pitch +
+  const X* const tile = pixels + down * kTileRows * kStep * m.read.pitch +
                         static_cast<int>(across) * kTileColumns * kStep * block_channels + lane * kVector;
   float sums[Row::kWritten * Column::kWritten][kVector];
   Start(bias, sums);
@@ -129,7 +98,7 @@ __global__ void __launch_bounds__(kStagedThreads)
     Packed<X, kVector> read[Column::kRead];
 #pragma unroll
     for (int c = 0; c < Column::kRead; ++c) {
-      read[c] = *reinterpret_cast<const Packed<X, kVector>*>(tile + r * m.pitch + c * block_channels);
+      read[c] = *reinterpret_cast<const Packed<X, kVector>*>(tile + r * m.read.pitch + c * block_channels);
     }
     float in[Column::kRead][kVector];
     Convert(read, in);

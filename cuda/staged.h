@@ -6,6 +6,7 @@
 #include "cuda/divisor.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
+#include "cuda/shared_tile.cuh"
 
 namespace dwsconv::cuda {
 
@@ -15,10 +16,7 @@ struct Staged : Correlation {
   Divisor tiles_down;  // and its tiles
   int tiles_across;
   Divisor channel_blocks, column_blocks, row_blocks;
-  int read_rows, pitch;  // of the source, by a block; elements from row to row
-  Divisor row_chunks;    // of 16 bytes, in such a row
-  Divisor pixel_chunks;  // and in the channels of a block
-  uint32_t copied_rows;  // that the threads of a block copy at once
+  SharedTile read;  // of the source
 };
 
 // Returns false where there is no instance. The others are its parts, each in a file of its own.

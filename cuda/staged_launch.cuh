@@ -2,8 +2,6 @@
 #ifndef JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
 #define JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
 
-#include <algorithm>
-
 #include "cuda/dtypes.cuh"
 #include "cuda/staged.cuh"
 
@@ -23,12 +21,8 @@ void LaunchStagedKernel(const PassCall& call, const StagedTile& tile) {
   m.channel_blocks = divisor(CeilDiv(p.channels, tile.lanes * kVector));
   m.column_blocks = divisor(CeilDiv(columns, kColumns * tile.across));
   m.row_blocks = divisor(CeilDiv(rows, kRows * tile.down));
-  m.read_rows = shape.read_rows;
-  m.pitch = shape.pitch;
-  m.pixel_chunks = divisor(tile.lanes * kVector * sizeof(X) / 16);
-  m.row_chunks = divisor(m.pixel_chunks.value * shape.read_columns);
   const auto threads = static_cast<unsigned>(tile.lanes * tile.across * tile.down);
-  m.copied_rows = std::max(1u, threads / m.row_chunks.value);
+  m.read = DescribeTile(shape.read_rows, shape.read_columns, shape.pitch, tile.lanes * kVector * sizeof(X), threads);
   const auto blocks =
       static_cast<unsigned>(p.batch * m.row_blocks.value * m.column_blocks.value * m.channel_blocks.value);
   const auto kernel = StagedKernel<X, kPass, kK, kVector, kColumns, kRows>;

@@ -7,15 +7,7 @@ namespace {
 
 TapSums Describe(const Problem& p, const GradFilterPlan& plan) {
   const TapSumsTile& tile = plan.tap_sums;
-  TapSums m{};
-  const auto vectors = static_cast<uint32_t>(p.channels / tile.vector);
-  const auto lanes = static_cast<uint32_t>(tile.lanes);
-  m.lanes = Divisor(lanes);
-  m.lane_groups = Divisor(vectors / lanes);
-  m.groups = Divisor(static_cast<uint32_t>(p.groups));
-  m.walkers = kTapSumsThreads / static_cast<int>(lanes);
-  m.splits = Divisor(static_cast<uint32_t>(tile.splits));
-  m.one_launch = plan.one_launch;
+  TapSums m{DescribeParts(p, tile.vector, tile.lanes, kTapSumsThreads / tile.lanes, plan)};
   m.tiles = Divisor(static_cast<uint32_t>(CeilDiv(p.out_w, tile.columns)));
   m.strips = Divisor(static_cast<uint32_t>(CeilDiv(p.out_h, tile.rows)));
   m.units = static_cast<uint32_t>(p.images_per_group() * m.tiles.value * m.strips.value);
@@ -25,8 +17,6 @@ TapSums Describe(const Problem& p, const GradFilterPlan& plan) {
   m.pad_top = static_cast<int>(p.pad_top);
   m.pad_left = static_cast<int>(p.pad_left);
   m.images_per_group = p.images_per_group();
-  m.filter = p.filter;
-  m.filter_is_float = p.filter_dtype == Dtype::kF32;
   return m;
 }
 

@@ -4,32 +4,15 @@
 #ifndef JAX_DWSCONV_CUDA_TAP_SUMS_CUH_
 #define JAX_DWSCONV_CUDA_TAP_SUMS_CUH_
 
-#include <cooperative_groups.h>
-
 #include "cuda/dtypes.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/row.cuh"
+#include "cuda/tap_parts.cuh"
 #include "cuda/tap_sums.h"
 
 namespace dwsconv::cuda {
 
 constexpr int kTapSumsThreads = 128;
-
-// Adds the products of a row of x with one row of g, of which the first `count` columns exist. (The others must not
-// take part: zero times infinity.)
-template <int kS, int kK, int kVector, int kTile, int kColumns>
-__device__ __forceinline__ void AddProducts(const float (&in)[kColumns][kVector], const float (&g)[kTile][kVector],
-                                            int count, float (&taps)[kK][kVector]) {
-#pragma unroll
-  for (int b = 0; b < kTile; ++b) {
-    if (b >= count) break;
-#pragma unroll
-    for (int j = 0; j < kK; ++j) {
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) taps[j][v] = fmaf(in[b * kS + j][v], g[b][v], taps[j][v]);
-    }
-  }
-}
 
 template <class T, int kH, int kW, int kS, int kVector, int kTile, int kAhead>
 __global__ void __launch_bounds__(kTapSumsThreads)
@@ -39,18 +22,15 @@ __global__ void __launch_bounds__(kTapSumsThreads)
   constexpr int kColumns = (kTile - 1) * kS + kW, kRows = (kH - 1) / kS + 1;
   uint32_t walker = threadIdx.x;
   const uint32_t lane = m.lanes.Take(walker);
-  uint32_t rest_of_block = blockIdx.x, split = 0;
-  if (m.one_launch) split = m.splits.Take(rest_of_block);  // the blocks of a cluster are neighbours
-  const uint32_t first_vector = m.lane_groups.Take(rest_of_block) * m.lanes.value;
-  const uint32_t group = m.groups.Take(rest_of_block);
-  if (!m.one_launch) split = rest_of_block;
-  const int channel = (first_vector + lane) * kVector;
+  const TapBlock block = LocateTapBlock<kVector>(m);
+  const uint32_t split = block.split;
+  const int channel = block.first_channel + lane * kVector;
 
   float taps[kH][kW][kVector] = {};
   for (uint32_t unit = split * m.walkers + walker; unit < m.units; unit += m.splits.value * m.walkers) {
     uint32_t rest = unit;
     const int tile = m.tiles.Take(rest), strip = m.strips.Take(rest);
-    const int64_t image = group * m.images_per_group + rest;
+    const int64_t image = block.group * m.images_per_group + rest;
     const int first_g = strip * m.strip_rows, g_rows = min(m.strip_rows, m.g.h - first_g);
     const int first_x = first_g * kS - m.pad_top, x_rows = (g_rows - 1) * kS + kH;
     const int g_column = tile * kTile, x_column = g_column * kS - m.pad_left, count = min(kTile, m.g.w - g_column);
@@ -110,60 +90,15 @@ __global__ void __launch_bounds__(kTapSumsThreads)
   }
 
   extern __shared__ float sums[];  // by walker, tap, channel of the block
-  const int width = m.lanes.value * kVector, taps_width = kH * kW * width;
   if (walker < static_cast<uint32_t>(m.walkers)) {
 #pragma unroll
     for (int i = 0; i < kH; ++i) {
 #pragma unroll
-      for (int j = 0; j < kW; ++j) {
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          sums[walker * taps_width + (i * kW + j) * width + v * m.lanes.value + lane] = taps[i][j][v];
-        }
-      }
+      for (int j = 0; j < kW; ++j) StoreSums<kH * kW>(m, taps[i][j], walker, i * kW + j, lane, sums);
     }
   }
-  __syncthreads();
-  const int64_t channels = static_cast<int64_t>(m.lane_groups.value) * width;
-  const auto write = [&](int tap, int at_channel, float sum) {
-    const int64_t at = group * m.filter.n + tap / kW * m.filter.h + tap % kW * m.filter.w + at_channel * m.filter.c;
-    if (m.filter_is_float) {
-      static_cast<float*>(filter)[at] = sum;
-    } else {
-      static_cast<T*>(filter)[at] = FromFloat<T>(sum);
-    }
-  };
-  float* const part = workspace + (static_cast<int64_t>(split) * m.groups.value + group) * kH * kW * channels;
-  for (int tap = walker; tap < kH * kW; tap += m.walkers) {
-    if (walker >= static_cast<uint32_t>(m.walkers)) break;
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      float* const own = sums + tap * width + v * m.lanes.value + lane;
-      float sum = own[0];
-      for (int other = 1; other < m.walkers; ++other) sum += own[other * taps_width];
-      if (!m.one_launch) {
-        part[tap * channels + channel + v] = sum;
-      } else if (m.splits.value == 1) {
-        write(tap, channel + v, sum);
-      } else {
-        own[0] = sum;
-      }
-    }
-  }
-#if __CUDA_ARCH__ >= 900
-  if (m.one_launch && m.splits.value > 1) {
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    for (int index = split * blockDim.x + threadIdx.x; index < taps_width; index += m.splits.value * blockDim.x) {
-      float sum = 0;
-      for (unsigned other = 0; other < m.splits.value; ++other) sum += cluster.map_shared_rank(sums, other)[index];
-      uint32_t rest = index;
-      const int in_vectors = m.lanes.Take(rest);
-      write(rest / kVector, (first_vector + in_vectors) * kVector + rest % kVector, sum);
-    }
-    cluster.sync();  // the others may still read
-  }
-#endif
+  const int worker = walker < static_cast<uint32_t>(m.walkers) ? walker : kH * kW;
+  AddParts<T, kH, kW, kVector>(m, block, lane, worker, m.walkers, sums, filter, workspace);
 }
 
 }  // namespace dwsconv::cuda

@@ -8,23 +8,19 @@
 #include "cuda/divisor.h"
 #include "cuda/plan.h"
 #include "cuda/problem.h"
+#include "cuda/tap_parts.h"
 
 namespace dwsconv::cuda {
 
 // A block has `lanes` vectors of channels and as many walkers as fit; the walkers of all the splits share the units,
 // which are pieces of a strip of rows of g: `tile.columns` wide.
-struct TapSums {
-  Divisor lanes, lane_groups, groups, splits;
-  int walkers;
-  bool one_launch;        // the blocks of all splits are a cluster and write the filter; else parts to the workspace
+struct TapSums : TapParts {
   Divisor tiles, strips;  // of an image
   uint32_t units;         // of a group
   int strip_rows;
   Grid x, g;
   int pad_top, pad_left;
   int64_t images_per_group;
-  Strides filter;
-  bool filter_is_float;
 };
 
 // Writes the filter if the plan needs one launch, else plan.splits parts into the workspace. Returns false where there

@@ -186,7 +186,7 @@ def test_command_line(capsys):
     printed = capsys.readouterr().out
     assert "a100 (108 multiprocessors)" in printed
     assert printed.count("cycles  ") == 3
-    assert "<- chosen" in printed.splitlines()[8]
+    assert "<- chosen" in printed.splitlines()[9]
 
 
 @pytest.mark.parametrize(
