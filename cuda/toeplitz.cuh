@@ -120,6 +120,7 @@ __device__ float ResultAlone(const Toeplitz& m, const T* source, const T* filter
       const int tap = (m.mirrored ? m.kernel_h - 1 - i : i) * m.filter_h +
                       (m.mirrored ? static_cast<int>(m.kernel_w.value) - 1 - j : j) * m.filter_w;
       sum = fmaf(ToFloat(source[at]), ToFloat(filter[tap + channel * m.filter_c]), sum);
+      if (sum != sum) return sum;
     }
   }
   return sum;
