@@ -1,26 +1,12 @@
-// A piece of an image that a block copies to shared memory, past the registers, with zeros around the image.
+// The copy of a piece of an image to shared memory, past the registers, with zeros around the image.
 #ifndef JAX_DWSCONV_CUDA_SHARED_TILE_CUH_
 #define JAX_DWSCONV_CUDA_SHARED_TILE_CUH_
 
-#include <algorithm>
-
 #include "cuda/correlation.h"
+#include "cuda/shared_tile.h"
 #include "cuda/tensor_core.cuh"
 
 namespace dwsconv::cuda {
-
-struct SharedTile {
-  int rows, pitch;       // pitch: elements from row to row
-  Divisor row_chunks;    // of 16 bytes, in a row
-  Divisor pixel_chunks;  // and in the channels of a block
-  uint32_t copied_rows;  // that the threads of a block copy at once
-};
-
-inline SharedTile DescribeTile(int rows, int columns, int pitch, int pixel_bytes, int threads) {
-  const int pixel_chunks = pixel_bytes / 16, row_chunks = columns * pixel_chunks;
-  return {rows, pitch, Divisor(static_cast<uint32_t>(row_chunks)), Divisor(static_cast<uint32_t>(pixel_chunks)),
-          static_cast<uint32_t>(std::max(1, threads / row_chunks))};
-}
 
 // `image`: its pixel (0, 0) in the block's first channel, of which `channels` exist. Neighbouring threads copy
 // neighbouring chunks of a row, and go down the rows.

@@ -8,6 +8,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/row.cuh"
+#include "cuda/shared_tile.cuh"
 #include "cuda/staged.h"
 #include "cuda/tile_axis.cuh"
 

@@ -6,7 +6,7 @@
 #include "cuda/divisor.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
-#include "cuda/shared_tile.cuh"
+#include "cuda/shared_tile.h"
 
 namespace dwsconv::cuda {
 

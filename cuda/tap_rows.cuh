@@ -7,6 +7,7 @@
 
 #include "cuda/packed.cuh"
 #include "cuda/row.cuh"
+#include "cuda/shared_tile.cuh"
 #include "cuda/tap_parts.cuh"
 #include "cuda/tap_rows.h"
 

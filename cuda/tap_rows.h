@@ -5,7 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/correlation.h"
-#include "cuda/shared_tile.cuh"
+#include "cuda/shared_tile.h"
 #include "cuda/tap_parts.h"
 
 namespace dwsconv::cuda {
