@@ -159,7 +159,7 @@ class Buffer {
   T* data_;
 };
 
-constexpr int64_t kCachedBytes = 8 << 20;  // what is larger than this comes from memory
+constexpr int64_t kCachedBytes = 12 << 20;  // what is larger than this comes from memory
 
 // The line of element base[offset], which need not exist.
 template <bool kToWrite, class T>
