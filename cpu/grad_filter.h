@@ -2,9 +2,10 @@
 #ifndef JAX_DWSCONV_CPU_GRAD_FILTER_H_
 #define JAX_DWSCONV_CPU_GRAD_FILTER_H_
 
+#include "cpu/axis.h"
 #include "cpu/filter.h"
-#include "cpu/gather.h"
 #include "cpu/staged_columns.h"
+#include "cpu/transposed.h"
 
 namespace dwsconv::cpu::DWSCONV_ISA {
 

@@ -159,6 +159,8 @@ class Buffer {
   T* data_;
 };
 
+constexpr int64_t kCachedBytes = 12 << 20;  // what is larger than this comes from memory
+
 // The line of element base[offset], which need not exist.
 template <bool kToWrite, class T>
 DWSCONV_INLINE void Prefetch(const T* base, int64_t offset) {
@@ -174,6 +176,8 @@ struct Constant {
 DWSCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 DWSCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 DWSCONV_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kMacsPerTask = 1 << 17;  // below this a task costs less than handing it to another thread
 
 // Runs body(i) for i in [0, count), `grain` consecutive values in one task.
 template <class Body>

@@ -71,7 +71,14 @@ Strides Packed(bool channels_last, int64_t h, int64_t w, int64_t c) {
   return channels_last ? Strides{h * w * c, w * c, c, 1} : Strides{h * w * c, w, 1, h * w};
 }
 
-Problem RandomProblem(bool large) {
+enum class Kind {
+  kSmall,
+  kLarge,
+  kOverlapping,  // the last vector of channels, alone in its task of grad_filter, reaches into another task's channels
+};
+
+Problem RandomProblem(Kind kind) {
+  const bool large = kind == Kind::kLarge;
   Problem p{};
   p.groups = Random(1, 2);
   p.batch = p.groups * (large ? 4 : Random(1, 2));
@@ -90,6 +97,15 @@ Problem RandomProblem(bool large) {
   p.out_h = Random(1, p.in_h / p.stride_h + 2);
   p.out_w = Random(1, p.in_w / p.stride_w + 2);
   p.channels_last = Random(0, 3) != 0;
+  if (kind == Kind::kOverlapping) {
+    p.groups = p.batch = p.multiplier = 1;
+    p.in_h = p.in_w = p.out_h = p.out_w = 28;
+    p.channels = 64 + Random(1, 3);  // an odd number of vectors for every instruction set, the last one nearly empty
+    p.kernel_h = p.kernel_w = 2 * Random(2, 3) + 1;
+    p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+    p.pad_top = p.pad_left = p.kernel_h / 2;
+    p.channels_last = true;
+  }
   p.x = Packed(p.channels_last, p.in_h, p.in_w, p.channels);
   p.y = Packed(p.channels_last, p.out_h, p.out_w, p.out_channels());
   const int64_t taps = p.kernel_h * p.kernel_w, c = p.out_channels();
@@ -199,7 +215,8 @@ int main(int argc, char** argv) {
   const int problems = argc > 1 ? std::atoi(argv[1]) : 300;
   Pool one(1), two(2), four(4);
   for (int i = 0; i < problems; ++i) {
-    const dwsconv::Problem problem = RandomProblem(/*large=*/i % 100 == 99);
+    const Kind kind = i % 100 == 99 ? Kind::kLarge : i % 20 == 10 ? Kind::kOverlapping : Kind::kSmall;
+    const dwsconv::Problem problem = RandomProblem(kind);
     Test<float>(problem, dwsconv::Dtype::kF32, /*exact=*/true, {&one, &two, &four});
     Test<float>(problem, dwsconv::Dtype::kF32, /*exact=*/false, {&one, &two, &four});
     if (i % 4 == 0) Test<double>(problem, dwsconv::Dtype::kF64, /*exact=*/true, {&one, &four});
