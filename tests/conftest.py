@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")  # before the fixtures of modules
 def _full_precision():
     """Without this, lax itself computes in TF32 on a GPU, and there is nothing to compare with."""
     with jax.default_matmul_precision("highest"):

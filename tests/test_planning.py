@@ -11,7 +11,7 @@ DEVICES = _planning.DEVICES
 PROBLEMS = {
     "small": {"shape": (1, 14, 14, 512), "kernel_size": (3, 3)},
     "large": {"shape": (128, 56, 56, 144), "kernel_size": (3, 3)},
-    "wide filter": {"shape": (8, 28, 28, 192), "kernel_size": (7, 7)},
+    "wide filter": {"shape": (64, 28, 28, 192), "kernel_size": (7, 7)},
     "stride 2": {"shape": (8, 56, 56, 144), "kernel_size": (5, 5), "strides": (2, 2)},
     "odd": {"shape": (3, 19, 33, 33), "kernel_size": (3, 3)},
     "one dimension": {"shape": (4, 1, 4096, 64), "kernel_size": (1, 4)},
