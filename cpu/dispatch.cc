@@ -12,15 +12,24 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512vnni {
+extern const QuantizedKernel kQuantizedForward;
+}
 #endif
 
 const Kernels* const* UsableKernels() {
-  static const Kernels* usable[4] = {};
+  static const Kernels* usable[5] = {};
   static const bool found = [] {
     const Kernels** next = usable;
 #ifdef JAX_DWSCONV_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512vnni")) {
+        static Kernels vnni = avx512::kKernels;
+        vnni.isa = "avx512vnni";
+        vnni.quantized_forward = avx512vnni::kQuantizedForward;
+        *next++ = &vnni;
+      }
       *next++ = &avx512::kKernels;
     }
     // Every processor with AVX2 has F16C too.

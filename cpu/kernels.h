@@ -7,6 +7,9 @@
 
 namespace dwsconv::cpu {
 
+using QuantizedKernel = bool (*)(const Problem&, const Requantization&, const void* x, const void* filter, void* y,
+                                 Parallel&);
+
 // Each operator takes its operands and the result in the order of its name's definition (see
 // jax_dwsconv/primitives.py) and returns false where it has no instance for the dtypes. Results do not depend on the
 // number of threads.
@@ -16,8 +19,7 @@ struct Kernels {
   bool (*fused_forward)(const Problem&, const Epilogue&, const void* x, const void* filter, void* y, Parallel&);
   bool (*grad_input)(const Problem&, const void* y_cotangent, const void* filter, void* x_cotangent, Parallel&);
   bool (*grad_filter)(const Problem&, const void* x, const void* y_cotangent, void* filter_cotangent, Parallel&);
-  bool (*quantized_forward)(const Problem&, const Requantization&, const void* x, const void* filter, void* y,
-                            Parallel&);
+  QuantizedKernel quantized_forward;
   int64_t (*multiply_add)(int64_t rounds, float* value);
 };
 

@@ -1,5 +1,5 @@
 // The int8 convolution. Its sums are exact, so their order is free: rows of taps are taken in pairs, which the integer
-// multiply-add of pairs (pmaddwd) sums at once.
+// multiply-add of pairs (pmaddwd; with VNNI vpdpwssd, which also adds them up) sums at once.
 #ifndef JAX_DWSCONV_CPU_QUANTIZED_H_
 #define JAX_DWSCONV_CPU_QUANTIZED_H_
 
@@ -24,7 +24,9 @@ DWSCONV_INLINE uint32_t MakePair(int32_t low, int32_t high) {
 
 // Adds the two products of every lane.
 DWSCONV_INLINE U32 AddProducts(U32 sum, Pairs a, Pairs b) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+  return (U32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
   return sum + (U32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return sum + (U32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
