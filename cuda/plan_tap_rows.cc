@@ -20,10 +20,23 @@ bool TapRowsApply(const Problem& p, const Device& device, int64_t alignment) {
          one_type && sizes_fit && !empty && p.channels * BytesOf(p.x_dtype) % 16 == 0 && alignment % 16 == 0;
 }
 
+// What was fitted, for a size of dtype.
+struct TapRowsCosts {
+  double stretch, tail, product, load, row, start_piece, copy, transaction;                    // instructions
+  double latency, copy_latency, bytes_per_cycle_of_copy, chain, issue, end_block, end_walker;  // of a piece, of a block
+  double halo, short_pixels, bytes_per_cycle, bytes_per_cycle_of_cache;
+  double start, cluster, second_launch, per_part, overlap;
+};
+constexpr TapRowsCosts kTapRows32{3.2,   0,    1.13, 1.31,  20.5, 0,    3,  0.6, 1380, 3,    24.6,  1.64,
+                                  0.159, 1750, 3.14, 0.116, 4.1,  14.1, 67, 617, 3210, 4230, 0.993, 0.542};
+constexpr TapRowsCosts kTapRows16{11.5,  9.1,  1.25, 3.24,  42,  24,   0,    1.03, 1170, 14.4, 32.4, 2,
+                                  0.239, 1560, 3.5,  0.466, 4.4, 12.2, 2120, 2160, 2680, 3950, 1.1,  0.268};
+
 // Estimated time in cycles, fitted like EstimateStaged.
 double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launch, const Device& device) {
   constexpr double kRegisters = 65536, kMostThreads = 2048, kColumns = TapRowsTile::kColumns;
   const TapRowsShape shape(p, tile);
+  const TapRowsCosts& cost = BytesOf(p.x_dtype) == 2 ? kTapRows16 : kTapRows32;
   const double k = p.kernel_h, stride = p.stride_h, bytes = BytesOf(p.x_dtype);
   const int channels = tile.lanes * tile.kVector;
   const double pieces = double(p.images_per_group()) * CeilDiv(p.out_h, tile.rows) * CeilDiv(p.out_w, tile.columns);
@@ -36,10 +49,11 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
   };
   const double copies = copied(shape.x_rows, shape.x_columns) + copied(tile.rows, tile.columns);
   const double loads = kColumns * (1 + stride);
-  const double stretch = 3.2 + 1.13 * kColumns * tile.kVector * k + loads * (bytes == 2 ? 5.2 : 1.31);
+  const double stretch = cost.stretch + (tile.columns % tile.kColumns != 0 ? cost.tail : 0) +
+                         cost.product * kColumns * tile.kVector * k + cost.load * loads;
   const double rows = CeilDiv(tile.rows, tile.walkers), stretches = CeilDiv(tile.columns, tile.kColumns);
-  const double instructions = rows * (20.5 + stretches * stretch) + 3 * copies;
-  const double transactions = 0.6 * rows * stretches * loads * std::max(1.0, tile.kVector * bytes / 4);
+  const double instructions = cost.start_piece + rows * (cost.row + stretches * stretch) + cost.copy * copies;
+  const double transactions = cost.transaction * rows * stretches * loads * std::max(1.0, tile.kVector * bytes / 4);
 
   const double warps = CeilDiv(shape.threads, 32), registers = 49 + 4.5 * k;
   const double resident =
@@ -49,19 +63,25 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
   if (waves < 3) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
   const double x_pixels = double(shape.x_rows) * shape.x_columns, g_pixels = double(tile.rows) * tile.columns;
-  const double latency = 1380 + 3 * copies + (x_pixels + g_pixels) * channels * bytes / 24.6 + 1.64 * instructions;
-  const double piece = std::max({0.159 * warps * instructions * active, warps * transactions * active, latency});
-  const double compute = waves * (std::ceil(pieces / tile.splits) * piece + 1750 + 3.14 * tile.walkers * k);
+  const double latency = cost.latency + cost.copy_latency * copies +
+                         (x_pixels + g_pixels) * channels * bytes / cost.bytes_per_cycle_of_copy +
+                         cost.chain * instructions;
+  const double piece = std::max({cost.issue * warps * instructions * active, warps * transactions * active, latency});
+  const double compute =
+      waves * (std::ceil(pieces / tile.splits) * piece + cost.end_block + cost.end_walker * tile.walkers * k);
 
   const double x_bytes = double(p.x_elements()) * bytes, g_bytes = double(p.y_elements()) * bytes;
-  const double halo = x_pixels / (g_pixels * stride * stride), short_pixels = 1 + 4.1 / (channels * bytes);
+  const double halo = x_pixels / (g_pixels * stride * stride),
+               short_pixels = 1 + cost.short_pixels / (channels * bytes);
   const double memory =
-      std::max((x_bytes * (1 + 0.116 * (halo - 1)) + g_bytes) * short_pixels / 14.1, (x_bytes * halo + g_bytes) / 67) /
+      std::max((x_bytes * (1 + cost.halo * (halo - 1)) + g_bytes) * short_pixels / cost.bytes_per_cycle,
+               (x_bytes * halo + g_bytes) / cost.bytes_per_cycle_of_cache) /
       device.multiprocessors;
-  const double end = !one_launch       ? 4230 + 0.993 * tile.splits * p.filter_elements() / device.multiprocessors
-                     : tile.splits > 1 ? 3210
-                                       : 0;
-  return 617 + end + std::max(compute, memory) + 0.542 * std::min(compute, memory);
+  const double end =
+      !one_launch ? cost.second_launch + cost.per_part * tile.splits * p.filter_elements() / device.multiprocessors
+      : tile.splits > 1 ? cost.cluster
+                        : 0;
+  return cost.start + end + std::max(compute, memory) + cost.overlap * std::min(compute, memory);
 }
 
 }  // namespace
