@@ -14,7 +14,8 @@ template <class T>
 __device__ __forceinline__ void CopyTile(const SharedTile& tile, const Grid& grid, const T* image, int channels,
                                          int first_row, int first_column, T* shared) {
   constexpr int kChunk = 16 / sizeof(T);
-  const int step_h = static_cast<int>(grid.step.h), step_w = static_cast<int>(grid.step.w);
+  const int64_t step_h = grid.step.h;
+  const int step_w = static_cast<int>(grid.step.w);
   uint32_t row = threadIdx.x;
   uint32_t index = tile.row_chunks.Take(row);
   if (row >= tile.copied_rows) return;
@@ -24,14 +25,14 @@ __device__ __forceinline__ void CopyTile(const SharedTile& tile, const Grid& gri
     const int w = first_column + column;
     const bool inside = static_cast<unsigned>(w) < static_cast<unsigned>(grid.w) && channel < channels;
     int h = first_row + row;
-    const T* from = image + channel + static_cast<int64_t>(h) * step_h + w * step_w;
+    const T* from = image + channel + h * step_h + w * step_w;
     uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared + row * tile.pitch)) + index * 16;
 #pragma unroll 4
     for (int i = row; i < tile.rows; i += tile.copied_rows) {
       const bool valid = inside && static_cast<unsigned>(h) < static_cast<unsigned>(grid.h);
       CopyAsync16(to, valid ? from : image, valid, true);
       h += tile.copied_rows;
-      from += static_cast<int>(tile.copied_rows) * step_h;
+      from += tile.copied_rows * step_h;
       to += tile.copied_rows * tile.pitch * static_cast<uint32_t>(sizeof(T));
     }
   }
