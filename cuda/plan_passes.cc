@@ -189,7 +189,9 @@ double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& ti
   const double halo = source_per_strip / (tile.rows * (m.doubles ? 1.0 : m.stride)) *
                       ((tile.wide - 1) * marcher_pixels + pixels) / (tile.wide * marcher_pixels);
   const double bytes = 2.0 * (m.source_elements * (1 + 0.446 * (halo - 1)) + m.result_elements);
-  const double memory = bytes / (kBytesPerCycle * device.multiprocessors) * (tile.channels == 16 ? 1.14 : 1);
+  const double straddled = p.channels % 16 == 0 ? 1 : 1.3;  // sectors of memory that two blocks share
+  const double memory =
+      bytes / (kBytesPerCycle * device.multiprocessors) * (tile.channels == 16 ? 1.14 : 1) * straddled;
   return 3650 + std::max(compute, memory) + 0.48 * std::min(compute, memory);
 }
 
@@ -357,7 +359,9 @@ double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, co
     transactions = loads * words(tile.columns * (m.doubles ? 1 : m.stride), m.source_bytes) * cost.load_words +
                    stores * words(tile.columns * (m.doubles ? 2 : 1), m.result_bytes) * cost.store_words + taps;
   }
-  const double compute = waves * std::max({cost.issue * instructions * active, latency, 4 * transactions * active});
+  const double apart = p.channels_last && !m.doubles && m.stride == 2 && k >= 5 ? 1.2 : 1;  // little of a row is shared
+  const double compute =
+      apart * waves * std::max({cost.issue * instructions * active, latency, 4 * transactions * active});
   const double halo = read(tile.rows) / (tile.rows * (m.doubles ? 1.0 : m.stride));
   const double bytes = double(m.source_elements) * m.source_bytes * (1 + cost.halo * (halo - 1)) +
                        double(m.result_elements) * m.result_bytes;
