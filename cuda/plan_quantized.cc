@@ -16,6 +16,12 @@ constexpr QuantizedTile kInstances[] = {
 #undef DWSCONV_TILE
 };
 
+constexpr QuantizedTile kBursts[] = {
+#define DWSCONV_TILE(kernel_size, columns, rows) {kernel_size, kernel_size, columns, 0, rows},
+    DWSCONV_QUANTIZED_BURST_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
+};
+
 bool OneDimension(const Problem& p) { return p.in_h == 1 && p.out_h == 1 && p.kernel_h == 1 && p.pad_top == 0; }
 
 bool Applies(const Problem& p, int64_t alignment) {
@@ -39,18 +45,20 @@ bool Suits(const Problem& p, const QuantizedTile& tile) {
   });
 }
 
-// Estimated time in cycles. The form is that of EstimateMarch.
+// Estimated time in cycles. The forms are those of EstimateMarch and EstimateBurst.
 double Estimate(const Problem& p, const QuantizedTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16, kV = QuantizedTile::kVector;
   const double kh = tile.kernel_h, kw = tile.kernel_w, t = tile.columns, s = p.stride_h;
   const double parts = std::ceil(kw / 4), loads = (t - 1) * s + kw;
+  const double source_rows = tile.bursts() ? (tile.rows - 1) * s + kh : tile.rows * s + kh - s;
   const bool shifts = tile.kernel_w == 3 && p.stride_h == 1;
 
   const double threads = double(p.batch) * CeilDiv(p.out_h, tile.rows) * CeilDiv(p.out_w, tile.columns) *
                          (p.channels / QuantizedTile::kVector);
   const double blocks = std::ceil(threads / kThreads);
-  const double registers =
-      40 + kh * parts * kV * (shifts ? 2 : 1) + ((kh - 1) / s + 1) * t * kV + (tile.ahead + 1) * loads;
+  const double held_rows = tile.bursts() ? source_rows : tile.ahead + 1;
+  const double held_results = tile.bursts() ? tile.rows : (kh - 1) / s + 1;
+  const double registers = 40 + kh * parts * kV * (shifts ? 2 : 1) + held_results * t * kV + held_rows * loads;
   const double resident =
       std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
@@ -58,11 +66,16 @@ double Estimate(const Problem& p, const QuantizedTile& tile, const Device& devic
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
 
   const double quads = kV * (shifts || s == 2 ? 0.5 : 1) * loads;
-  const double products = kh * parts * kV * t / s;  // at half the rate of the others
-  const double per_row = loads * 4 + quads + 2 * products + t / s * (8 * kV + 4) + 25;
-  const double source_rows = tile.rows * s + kh - s;
-  const double instructions = 250 + kh * parts * 16 + source_rows * per_row;
-  const double latency = 1200 + source_rows * 700 / tile.ahead + 1.5 * instructions;
+  const double products = kh * parts * kV * t;  // of one row of results; at half the rate of the others
+  const double stores = t * (8 * kV + 4);
+  double instructions, latency;
+  if (tile.bursts()) {
+    instructions = 150 + kh * parts * 16 + source_rows * (loads * 4 + quads) + tile.rows * (2 * products + stores);
+    latency = 1200 + 1.5 * instructions;
+  } else {
+    instructions = 250 + kh * parts * 16 + source_rows * (loads * 4 + quads + (2 * products + stores) / s + 25);
+    latency = 1200 + source_rows * 700 / tile.ahead + 1.5 * instructions;
+  }
   const double compute = waves * std::max(instructions * active, latency);
   const double halo = source_rows / (tile.rows * s);
   const double bytes = double(p.x_elements()) * (1 + 0.6 * (halo - 1)) + double(p.y_elements()) * BytesOf(p.y_dtype);
@@ -74,22 +87,30 @@ template <class Visit>
 void VisitTiles(const Problem& problem, const Device& device, int64_t alignment, const Visit& visit) {
   const Problem p = Squared(problem);
   if (!Applies(p, alignment)) return;
+  const auto visit_if_it_fits = [&](const QuantizedTile& tile) {
+    const double threads = double(p.batch) * CeilDiv(p.out_h, tile.rows) * CeilDiv(p.out_w, tile.columns) *
+                           (p.channels / QuantizedTile::kVector);
+    if (threads <= std::numeric_limits<int32_t>::max()) visit(QuantizedPlan{true, tile, Estimate(p, tile, device)});
+  };
   for (QuantizedTile tile : kInstances) {
     if (!Suits(p, tile) || !HasQuantizedInstance(static_cast<int>(p.stride_h), tile.kernel_h, tile.columns, tile.ahead))
       continue;
     ForStripRows(p.out_h, [&](int rows) {
       tile.rows = rows;
-      const double threads = double(p.batch) * CeilDiv(p.out_h, rows) * CeilDiv(p.out_w, tile.columns) *
-                             (p.channels / QuantizedTile::kVector);
-      if (threads <= std::numeric_limits<int32_t>::max()) visit(QuantizedPlan{true, tile, Estimate(p, tile, device)});
+      visit_if_it_fits(tile);
     });
+  }
+  for (const QuantizedTile& tile : kBursts) {
+    if (Suits(p, tile)) visit_if_it_fits(tile);
   }
 }
 
 }  // namespace
 
 std::string QuantizedPlan::Text() const {
-  return marches ? "quantized:" + Join({tile.columns, tile.ahead, tile.rows}) : "gather";
+  if (!words) return "gather";
+  return tile.bursts() ? "quantized_burst:" + Join({tile.columns, tile.rows})
+                       : "quantized:" + Join({tile.columns, tile.ahead, tile.rows});
 }
 
 Problem Squared(Problem p) {

@@ -10,12 +10,14 @@
 
 namespace dwsconv {
 
-// In NHWC (quantized.cuh): a thread has four channels times `columns` columns of the result and marches down `rows`
-// rows of them; it loads `ahead` rows before it needs them.
+// In NHWC: a thread has four channels times `columns` columns of the result and marches down `rows` rows of them; it
+// loads `ahead` rows before it needs them (quantized.cuh), or all at once where `ahead` is 0 (quantized_burst.cuh).
 struct QuantizedTile {
   static constexpr int kVector = 4;
   int kernel_h, kernel_w;  // of the instance, the filter may have fewer rows and columns
   int columns, ahead, rows;
+
+  bool bursts() const { return ahead == 0; }
 };
 
 // The (kernel_h, kernel_w, columns, ahead) that are compiled. Those of one row are for one spatial dimension.
@@ -25,6 +27,9 @@ struct QuantizedTile {
   M(5, 5, 7, 2) M(5, 5, 4, 2) M(5, 5, 2, 2) M(5, 5, 2, 4) M(5, 5, 1, 4) \
   M(7, 7, 4, 2) M(7, 7, 2, 2) M(7, 7, 1, 4) \
   M(1, 3, 8, 1) M(1, 3, 2, 1) M(1, 5, 8, 1) M(1, 5, 2, 1)
+// And the (kernel size, columns, rows) of those that load all at once.
+#define DWSCONV_QUANTIZED_BURST_TILES(M) \
+  M(3, 1, 2) M(3, 2, 2) M(3, 4, 2) M(5, 1, 2) M(5, 2, 2) M(5, 4, 1) M(7, 1, 2) M(7, 2, 2) M(7, 2, 1)
 // clang-format on
 
 // What does not fit into the registers is left out.
@@ -33,11 +38,11 @@ constexpr bool HasQuantizedInstance(int stride, int kernel_h, int columns, int a
 }
 
 struct QuantizedPlan {
-  bool marches = false;  // else the general kernel
+  bool words = false;  // of four channels; else the general kernel
   QuantizedTile tile{};
   double cycles = 0;
 
-  std::string Text() const;  // such as "quantized:4x2x28"
+  std::string Text() const;  // such as "quantized:4x2x28" or "quantized_burst:2x2"
 };
 
 // The problem as the march sees it: one spatial dimension has the same stride in both.

@@ -158,6 +158,21 @@ __device__ __forceinline__ void StoreSums(const Rounding& r, const float (&scale
   }
 }
 
+// What a thread needs besides the source; `start`: what the sums start from.
+template <class Y, int kH, int kW>
+__device__ __forceinline__ void LoadConstants(const QuantizedMarch& m, const MarchThread& t, const int8_t* filter,
+                                              WordTaps<kH, kW>& taps, float (&scale)[kWordChannels],
+                                              int (&start)[kWordChannels]) {
+  const Requantization& r = m.requantization;
+  const uint32_t group = m.grouped ? m.images_per_group.Quotient(static_cast<uint32_t>(t.image)) : 0;
+  taps.Load(filter + group * m.filter.n + t.channel, m);
+#pragma unroll
+  for (int c = 0; c < kWordChannels; ++c) {
+    scale[c] = std::is_same_v<Y, int8_t> ? r.scale[t.channel + c] : 0;
+    start[c] = (r.bias ? r.bias[t.channel + c] : 0) - r.x_zero_point * taps.Sum(c);
+  }
+}
+
 template <class Y, int kH, int kW, int kS, int kTile, int kAhead>
 __global__ void __launch_bounds__(kMarchThreads)
     QuantizedKernel(const __grid_constant__ QuantizedMarch m, const int8_t* __restrict__ source,
@@ -168,7 +183,6 @@ __global__ void __launch_bounds__(kMarchThreads)
   static_assert(kH == 1 || kS == 1 || (kS == 2 && kH % 2 == 1 && kAhead % 2 == 0));
   const MarchThread t = LocateThread<kWordChannels>(m);
   if (!t.active) return;
-  const Requantization& r = m.requantization;
 
   const int first_out = t.strip * m.strip_rows, last_out = min(first_out + m.strip_rows, m.result.h);
   const int first_column = t.tile * kTile * kS - m.pad_left;
@@ -176,7 +190,7 @@ __global__ void __launch_bounds__(kMarchThreads)
   const int begin = first_out * kS - m.pad_top, end = (last_out - 1) * kS - m.pad_top + kH;
   const int8_t* next =
       source + t.image * m.source.step.n + t.channel + begin * m.source.step.h + first_column * m.source.step.w;
-  const uint32_t zero = InEveryByte(r.x_zero_point);
+  const uint32_t zero = InEveryByte(m.requantization.x_zero_point);
   uint32_t ahead[kAhead][kColumns];
   const int last_row = min(end, m.source.h);
   const auto load = [&](int row, uint32_t (&words)[kColumns]) {
@@ -188,15 +202,9 @@ __global__ void __launch_bounds__(kMarchThreads)
   for (int a = 0; a < kAhead; ++a) load(begin + a, ahead[a]);
 
   WordTaps<kH, kW> taps;
-  const uint32_t group = m.grouped ? m.images_per_group.Quotient(static_cast<uint32_t>(t.image)) : 0;
-  taps.Load(filter + group * m.filter.n + t.channel, m);
-  float scale[kWordChannels] = {};
+  float scale[kWordChannels];
   int start[kWordChannels];
-#pragma unroll
-  for (int c = 0; c < kWordChannels; ++c) {
-    if (std::is_same_v<Y, int8_t>) scale[c] = r.scale[t.channel + c];
-    start[c] = (r.bias ? r.bias[t.channel + c] : 0) - r.x_zero_point * taps.Sum(c);
-  }
+  LoadConstants<Y>(m, t, filter, taps, scale, start);
 
   Y* out =
       result + t.image * m.result.step.n + first_out * m.result.step.h + t.tile * kTile * m.result.step.w + t.channel;

@@ -1,4 +1,4 @@
-// What the kernels of the int8 convolution (quantized.cuh) take, and their launcher.
+// What the kernels of the int8 convolution (quantized.cuh, quantized_burst.cuh) take, and their launcher.
 #ifndef JAX_DWSCONV_CUDA_QUANTIZED_H_
 #define JAX_DWSCONV_CUDA_QUANTIZED_H_
 
@@ -40,6 +40,7 @@ struct QuantizedMarch : March {
 bool LaunchQuantized(const QuantizedCall& call, const QuantizedPlan& plan);
 bool LaunchQuantizedStride1(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile);
 bool LaunchQuantizedStride2(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile);
+bool LaunchQuantizedBurst(const QuantizedCall& call, const QuantizedMarch& march, const QuantizedTile& tile);
 
 }  // namespace dwsconv::cuda
 

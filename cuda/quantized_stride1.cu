@@ -24,7 +24,7 @@ bool LaunchQuantizedStride1(const QuantizedCall& call, const QuantizedMarch& mar
 }
 
 bool LaunchQuantized(const QuantizedCall& call, const QuantizedPlan& plan) {
-  if (!plan.marches) {
+  if (!plan.words) {
     call.problem.y_dtype == Dtype::kI8 ? LaunchGather<int8_t>(call) : LaunchGather<int32_t>(call);
     return true;
   }
@@ -33,6 +33,7 @@ bool LaunchQuantized(const QuantizedCall& call, const QuantizedPlan& plan) {
   const MarchTile tile{QuantizedTile::kVector, plan.tile.columns, plan.tile.ahead, plan.tile.rows};
   const QuantizedMarch march{DescribeMarch(pass, tile), call.requantization, Rounding(call.requantization),
                              static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w)};
+  if (plan.tile.bursts()) return LaunchQuantizedBurst(call, march, plan.tile);
   return p.stride_h == 1 ? LaunchQuantizedStride1(call, march, plan.tile)
                          : LaunchQuantizedStride2(call, march, plan.tile);
 }

@@ -113,7 +113,8 @@ def plan(options: argparse.Namespace) -> int:
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
     print("staged: vector x columns x rows, of a block lanes x tiles across x down;")
     print("burst: vector x columns x rows; slide: vector x the axis along which it slides; lines has no choice;")
-    print("quantized: columns x rows ahead x strip rows; gather and pieces are the general kernels.")
+    print("quantized: columns x rows ahead x strip rows; quantized_burst: columns x rows;")
+    print("gather and pieces are the general kernels.")
     estimated = sorted((c for c in candidates if c.cycles > 0), key=lambda c: c.cycles)
     if not estimated:
         print("No specialised kernel takes this problem.")

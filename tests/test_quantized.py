@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 
 import jax_dwsconv
-from jax_dwsconv import _native, quantized, quantized_primitive
+from jax_dwsconv import _native, _planning, quantized, quantized_primitive
 from jax_dwsconv.quantized_primitive import MOST_TAPS, Quantization
 
 
@@ -85,6 +85,38 @@ def test_usual(case):
 @pytest.mark.parametrize("case", cases.random_cases(300, seed=2), ids=str)
 def test_random(case):
     _check(case)
+
+
+TILED = [
+    Case(size=(11, 19), channels=40),
+    Case(size=(12, 21), channels=36, strides=(2, 2), padding=((0, 1), (1, 1))),
+    Case(batch=3, size=(9, 15), channels=32, kernel_size=(5, 5), padding=((2, 2), (-1, 5)), groups=3),
+    Case(size=(14, 9), channels=12, kernel_size=(5, 4), strides=(2, 2), padding=((1, 2), (9, 2))),
+    Case(size=(9, 16), channels=8, kernel_size=(7, 7), padding=((3, 3), (3, 3))),
+    Case(size=(12, 12), channels=8, kernel_size=(7, 7), strides=(2, 2), padding=((2, 3), (2, 3))),
+    Case(size=(1, 37), channels=8, kernel_size=(1, 4), padding=((0, 0), (3, 0))),
+]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there the tiles are chosen")
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_every_kind_of_tile(case, monkeypatch):
+    """The planner takes the best; here the others show that they are right, too."""
+    device = _planning.visible_device()
+    if device is None:
+        pytest.skip("the planner's table does not have this GPU")
+    shape = (case.batch, *case.size, case.channels)
+    _, candidates = _planning.plan(
+        "quantized_forward", shape, case.kernel_size, case.strides, case.padding, dtype="int8", device=device
+    )
+    texts = [candidate.text for candidate in candidates]
+    kinds = {text.rpartition("x")[0] if text.startswith("quantized:") else text: text for text in texts}
+    assert {text.partition(":")[0] for text in kinds.values()} >= {"quantized", "gather"}
+    for tile in kinds.values():
+        monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
+        jax.clear_caches()
+        _check(case)
+        assert _native.load("cuda").last_forced_plan() == tile
 
 
 @pytest.mark.parametrize("case", cases.grid()[::6], ids=str)
