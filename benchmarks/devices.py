@@ -30,6 +30,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jax_dwsconv
+from jax_dwsconv import _native
 
 START = time.perf_counter()
 ROUNDS = 7
@@ -241,7 +242,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    run(parse_arguments(arguments))
+    options = parse_arguments(arguments)
+    _native.require_kernels()
+    run(options)
     return 0
 
 

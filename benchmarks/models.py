@@ -39,7 +39,7 @@ from jax import lax
 from models import weights
 from PIL import Image, ImageOps
 
-from jax_dwsconv import _versions, inference
+from jax_dwsconv import _native, _versions, inference
 
 # The first of each is ours, the second what it is compared with.
 SIDES = {"inference": ("folded", "flax", "ours", "expert"), "train": ("ours", "flax")}
@@ -338,7 +338,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    run(parse_arguments(arguments))
+    options = parse_arguments(arguments)
+    _native.require_kernels()
+    run(options)
     return 0
 
 

@@ -45,7 +45,8 @@ bool Suits(const Problem& p, const QuantizedTile& tile) {
   });
 }
 
-// Estimated time in cycles. The forms are those of EstimateMarch and EstimateBurst.
+// Estimated time in cycles. The forms are those of EstimateMarch and EstimateBurst; the constants were fitted to a
+// sweep on an H100 (see docs/performance.md).
 double Estimate(const Problem& p, const QuantizedTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16, kV = QuantizedTile::kVector;
   const double kh = tile.kernel_h, kw = tile.kernel_w, t = tile.columns, s = p.stride_h;
@@ -66,21 +67,21 @@ double Estimate(const Problem& p, const QuantizedTile& tile, const Device& devic
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
 
   const double quads = kV * (shifts || s == 2 ? 0.5 : 1) * loads;
-  const double products = kh * parts * kV * t;  // of one row of results; at half the rate of the others
-  const double stores = t * (8 * kV + 4);
+  const double products = kh * parts * kV * t;  // of one row of results
   double instructions, latency;
   if (tile.bursts()) {
-    instructions = 150 + kh * parts * 16 + source_rows * (loads * 4 + quads) + tile.rows * (2 * products + stores);
-    latency = 1200 + 1.5 * instructions;
+    instructions =
+        156 + 27.7 * kh * parts + source_rows * (3.71 * loads + 1.05 * quads) + tile.rows * (0.9 * products + 4 * t);
+    latency = 690 + 1.56 * instructions;
   } else {
-    instructions = 250 + kh * parts * 16 + source_rows * (loads * 4 + quads + (2 * products + stores) / s + 25);
-    latency = 1200 + source_rows * 700 / tile.ahead + 1.5 * instructions;
+    instructions = 27.7 * kh * parts + source_rows * (35 + 11.1 * loads + 1.05 * quads + (0.9 * products + 4 * t) / s);
+    latency = 2100 + source_rows * 370 / tile.ahead + 1.56 * instructions;
   }
-  const double compute = waves * std::max(instructions * active, latency);
+  const double compute = waves * std::max(1.15 * instructions * active, latency);
   const double halo = source_rows / (tile.rows * s);
-  const double bytes = double(p.x_elements()) * (1 + 0.6 * (halo - 1)) + double(p.y_elements()) * BytesOf(p.y_dtype);
-  const double memory = bytes / (14.0 * device.multiprocessors);
-  return std::max(compute, memory) + 0.3 * std::min(compute, memory);
+  const double bytes = double(p.x_elements()) * (1 + 2.9 * (halo - 1)) + double(p.y_elements()) * BytesOf(p.y_dtype);
+  const double memory = bytes / (14.7 * device.multiprocessors) * (tile.bursts() ? 0.51 : 1);  // burst's halo is cached
+  return 1460 + std::max(compute, memory) + 0.5 * std::min(compute, memory);
 }
 
 template <class Visit>

@@ -350,6 +350,7 @@ def _environment() -> dict:
 
 def run(options) -> int:
     """Measures what the parsed command line asks for, prints a table and writes the files. Returns the exit code."""
+    _native.require_kernels()
     peers = list(options.peers)
     of_models = [layer for model in options.models for layer in MODELS[model]]
     sampled = random_layers(options.random, options.seed)

@@ -74,6 +74,16 @@ def why_unavailable(platform: str) -> str | None:
     return None
 
 
+def require_kernels() -> None:
+    """For benchmarks, which would otherwise time lax twice.
+
+    Raises:
+      SystemExit: the default device is one that has no kernels here.
+    """
+    if reason := why_unavailable({"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())):
+        raise SystemExit(f"no kernels of jax_dwsconv to time: {reason}")
+
+
 def cuda_mismatch(
     driver: int, capabilities: list[tuple[int, int]], toolkit: int, architectures: list[str]
 ) -> str | None:

@@ -35,6 +35,12 @@ def test_a_wrong_peer_is_noticed(monkeypatch):
         command_line.main(["bench", "--layers", "5,8,3,1", "--operators", "forward", "--seconds", "0.01"])
 
 
+def test_lax_is_not_timed_in_our_name(monkeypatch):
+    monkeypatch.setattr(_bench._native, "load", lambda platform: ImportError("not built"))
+    with pytest.raises(SystemExit, match="no kernels of jax_dwsconv to time: .*not built"):
+        command_line.main(["bench", "--layers", "5,8,3,1"])
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the tiles are swept")
 def test_no_tiles_to_sweep_on_a_cpu(capsys):
     with pytest.raises(SystemExit):

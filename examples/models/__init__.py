@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .blocks import ConvNorm, DepthwiseLayer
+from .blocks import ConvNorm, DepthwiseLayer, SqueezeExcite
 from .convnext import ConvNeXtT
 from .efficientnet import EfficientNetB0, EfficientNetLite0
 from .mobilenet import MobileNetV1, MobileNetV2
@@ -88,6 +88,8 @@ def folded(model: nnx.Module) -> nnx.Module:
     for _, module in nnx.iter_graph(model):
         if isinstance(module, ConvNorm) and isinstance(module.norm, inference.Identity):
             module.fuse()
+        if isinstance(module, SqueezeExcite):
+            module.by_rows = True
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Linear) and module.dtype is not None:
             module.kernel = module.kernel.replace(module.kernel[...].astype(module.dtype))

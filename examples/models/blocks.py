@@ -143,16 +143,26 @@ def pixels_of_taps(
 
 
 class SqueezeExcite(nnx.Module):
-    """Factors of every channel, which a small network makes of the means of all channels."""
+    """Factors of every channel, which a small network makes of the means of all channels.
+
+    Attributes:
+      by_rows: whether to take the mean of the means of rows: for one image XLA gives the mean of a plane to a few blocks
+        of a GPU, that of rows to many.
+    """
 
     def __init__(self, channels: int, reduced: int, activation: Activation, layers: Layers):
+        self.by_rows = False
         self.reduce = layers.linear(channels, reduced)
         self.expand = layers.linear(reduced, channels)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, channels) -> (N, channels)."""
-        return nnx.sigmoid(self.expand(self.activation(self.reduce(jnp.mean(x, axis=(1, 2))))))
+        if self.by_rows:
+            means = jnp.mean(jnp.mean(x, axis=2, dtype=jnp.float32), axis=1).astype(x.dtype)
+        else:
+            means = jnp.mean(x, axis=(1, 2))
+        return nnx.sigmoid(self.expand(self.activation(self.reduce(means))))
 
 
 class Stage(NamedTuple):
