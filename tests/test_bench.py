@@ -37,7 +37,7 @@ def test_a_wrong_peer_is_noticed(monkeypatch):
 
 def test_lax_is_not_timed_in_our_name(monkeypatch):
     monkeypatch.setattr(_bench._native, "load", lambda platform: ImportError("not built"))
-    with pytest.raises(SystemExit, match="no kernels of jax_dwsconv to time: .*not built"):
+    with pytest.raises(SystemExit, match=r"no kernels of jax_dwsconv to time: .*not built"):
         command_line.main(["bench", "--layers", "5,8,3,1"])
 
 

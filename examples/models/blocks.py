@@ -146,8 +146,8 @@ class SqueezeExcite(nnx.Module):
     """Factors of every channel, which a small network makes of the means of all channels.
 
     Attributes:
-      by_rows: whether to take the mean of the means of rows: for one image XLA gives the mean of a plane to a few blocks
-        of a GPU, that of rows to many.
+      by_rows: whether to take the mean of the means of rows. Of few images, XLA leaves the mean of a plane to a few
+        blocks of a GPU, those of rows to many.
     """
 
     def __init__(self, channels: int, reduced: int, activation: Activation, layers: Layers):
