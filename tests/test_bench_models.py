@@ -44,6 +44,28 @@ def test_small_run(tmp_path, capsys):
     assert all(float(rows[0][f"{side}_cosine"]) > 0.999 for side in bench_models.SIDES["inference"])
     assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = output.with_suffix(".md").read_text()
+    assert "python benchmarks/models.py --models mobilenet_v1 --batch 2" in text
+    assert text.count("| mobilenet_v1 | 32 | 2 |") == 2 and "2080 Ti" in text
+
+
+def test_shares_of_depthwise_kernels(monkeypatch):
+    monkeypatch.setattr(bench_models.jax, "default_backend", lambda: "gpu")
+    row = {
+        "model": "a",
+        "mode": "train",
+        "batch": 64,
+        "dtype": "bfloat16",
+        "size": 224,
+        "flax_ms": 12.0,
+        "ours_ms": 9.0,
+    }
+    row |= {"flax_kernels_ms": 10.0, "ours_kernels_ms": 8.0, "ours_own_kernels_ms": 2.0}
+    assert bench_models.depthwise_shares(row) == pytest.approx((0.4, 0.25))
+    assert (
+        "| a | 224 | 64 | 12.000 | 9.000 | 25.0% | 10.000 | 8.000 | 20.0% | 40.0% | 25.0% |"
+        in bench_models.report([row], {}, "command").splitlines()
+    )
 
 
 def test_a_side_that_differs_is_noticed(monkeypatch):
