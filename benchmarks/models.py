@@ -37,7 +37,7 @@ import optax
 import training
 from flax import nnx
 from jax import lax
-from models import weights
+from models import blocks, weights
 from PIL import Image, ImageOps
 
 from jax_dwsconv import _native, _versions, inference
@@ -102,6 +102,8 @@ def expert(model: nnx.Module) -> nnx.Module:
     """A copy that has no depthwise or pointwise convolution left, in the dtype of the computation."""
     model, _ = inference.fold(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
     for _, module in nnx.iter_graph(model):
+        if isinstance(module, blocks.SqueezeExcite):
+            module.by_rows = True
         if isinstance(module, nnx.Conv | nnx.Linear) and module.dtype is not None:
             for parameter in (module.kernel, module.bias):
                 parameter[...] = parameter[...].astype(module.dtype)

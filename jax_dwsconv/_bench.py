@@ -2,7 +2,8 @@
 
 lax and shift-and-add run in this process on the same random inputs and are compared with ours before they are timed;
 PyTorch runs in a process of its own, on random inputs of its own, and is only timed. Times are medians: on a GPU of the
-time that the kernels take (CUPTI), elsewhere of one call that is blocked on. The floor of a case is what its bytes take
+time that the kernels take (CUPTI), elsewhere of one call that is blocked on. Every timed call follows one with the same
+operands, so what fits the cache is there. The floor of a case is what its bytes take
 at the copy rate, its multiply-adds at the peak or the smallest kernel, whichever is longest. All three are measured in
 the same run, but for the peak of a GPU, which is a table (and left out for one that is not in it).
 """
@@ -34,7 +35,6 @@ from jax_dwsconv._bench_layers import LAYERS, MODELS, Layer, random_layers
 OPERATORS = ("forward", "grad_input", "grad_filter")
 PEERS = ("lax", "shift", "torch")
 _LARGEST_SHIFT_KERNEL = 7  # XLA takes minutes to compile more
-_ROTATED_BYTES = 150e6  # several times the L2 cache
 _FMA_PER_SECOND = {"H100": 33.4e12, "H200": 33.4e12}  # float32, measured once
 
 
@@ -94,38 +94,27 @@ def _pass(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> Callable:
 
 
 @functools.lru_cache(maxsize=1)
-def _arrays(case: Case) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
-    """Values of x, values of the result's gradient, and a kernel: the same for all operators of a layer."""
+def _arrays(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values of x, of the kernel and of the result's gradient: the same for all operators of a layer."""
     layer = case.layer
     channels, out_channels = layer.channels, layer.channels * layer.multiplier
     last = case.layout == "NHWC"
     shapes = (
         (case.batch, *((*layer.image, channels) if last else (channels, *layer.image))),
-        (case.batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result))),
         (*layer.window, 1, out_channels),
+        (case.batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result))),
     )
 
     @jax.jit
-    def normal(key):
-        keys = jax.random.split(key, len(shapes))
-        return [jax.random.normal(key, s).astype(case.dtype) for key, s in zip(keys, shapes, strict=True)]
+    def normal(keys):
+        return tuple(jax.random.normal(key, s).astype(case.dtype) for key, s in zip(keys, shapes, strict=True))
 
-    bytes_of_a_pair = sum(map(math.prod, shapes)) * jnp.dtype(case.dtype).itemsize
-    rotate = jax.default_backend() == "gpu" and case.batch > 8
-    copies = math.ceil(_ROTATED_BYTES / bytes_of_a_pair) if rotate else 1
-    x, g, (kernel, *_) = zip(*(normal(key) for key in jax.random.split(jax.random.key(0), copies)), strict=True)
-    return list(x), list(g), kernel
+    return normal(jax.random.split(jax.random.key(0), len(shapes)))
 
 
-def _operands(case: Case) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array, jax.Array]:
-    """As many pairs of operands as defeat the cache of a GPU at large batches, and examples of x and kernel."""
-    xs, gs, kernel = _arrays(case._replace(operator=""))
-    pairs = {
-        "forward": [(x, kernel) for x in xs],
-        "grad_input": [(g, kernel) for g in gs],
-        "grad_filter": list(zip(xs, gs, strict=True)),
-    }
-    return pairs[case.operator], xs[0], kernel
+def _operands(case: Case) -> tuple[jax.Array, jax.Array]:
+    x, kernel, g = _arrays(case._replace(operator=""))
+    return {"forward": (x, kernel), "grad_input": (g, kernel), "grad_filter": (x, g)}[case.operator]
 
 
 def _products_per_us(seconds: float) -> float:
@@ -143,22 +132,18 @@ def _products_per_us(seconds: float) -> float:
     return statistics.median(rates)
 
 
-def _microseconds(function: Callable, operands: list[tuple], seconds: float) -> float:
-    jax.block_until_ready(function(*operands[0]))
-    times: list[float] = []
+def _microseconds(function: Callable, operands: tuple, seconds: float) -> float:
+    jax.block_until_ready(function(*operands))
     if jax.default_backend() == "gpu":
         from jax.experimental.mosaic.gpu import profiler  # noqa: PLC0415  (needs a GPU)
 
-        if len(operands) == 1:
-            return 1e3 * statistics.median(profiler.measure(function, iterations=9)(*operands[0])[1])
-        measured = profiler.measure(function)
-        for i in range(max(5, len(operands) + 1)):
-            times.append(1e3 * measured(*operands[i % len(operands)])[1])
-        return statistics.median(times)
+        measured = profiler.measure(function)  # after a call with the same operands
+        return 1e3 * statistics.median(measured(*operands)[1] for _ in range(7))
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
-        jax.block_until_ready(function(*operands[0]))
+        jax.block_until_ready(function(*operands))
         times.append(1e6 * (time.perf_counter() - start))
     return statistics.median(times)
 
@@ -173,10 +158,10 @@ class Floor(NamedTuple):
     @classmethod
     def measure(cls, seconds: float) -> "Floor":
         negate = jax.jit(jnp.negative)  # a copy would be no kernel
-        small = _microseconds(negate, [(jnp.zeros(1024, jnp.float32),)], seconds)
+        small = _microseconds(negate, (jnp.zeros(1024, jnp.float32),), seconds)
         if jax.default_backend() == "gpu":
             large = jnp.zeros(2**28, jnp.float32)
-            rate = 2 * large.nbytes / _microseconds(negate, [(large,)], seconds)
+            rate = 2 * large.nbytes / _microseconds(negate, (large,), seconds)
             kind = jax.devices()[0].device_kind
             products = next((rate / 1e6 for name, rate in _FMA_PER_SECOND.items() if name in kind), math.inf)
             return cls(small, rate, products)
@@ -275,7 +260,8 @@ def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]
 
 
 def _measure(case: Case, peers: list[str], floor: Floor, sweep: bool, seconds: float) -> dict:
-    operands, x, kernel = _operands(case)
+    operands = _operands(case)
+    x, kernel, _ = _arrays(case._replace(operator=""))
     ours = _pass("ours", case, x, kernel)
     row = {**case._asdict(), "layer": str(case.layer), "floor_us": floor.of(case)}
     row["ours_us"] = _microseconds(ours, operands, seconds)
@@ -284,7 +270,7 @@ def _measure(case: Case, peers: list[str], floor: Floor, sweep: bool, seconds: f
             continue
         theirs = _pass(peer, case, x, kernel)
         with jax.default_matmul_precision("highest" if case.dtype == "float32" else None):  # else no other to compile
-            error = float(_disagreement(ours(*operands[0]), theirs(*operands[0])))
+            error = float(_disagreement(ours(*operands), theirs(*operands)))
         if not error < (1e-4 if case.dtype == "float32" else 3e-2):
             raise SystemExit(f"{case} differs from {peer} by {error:.1e}")
         row[f"{peer}_us"] = _microseconds(theirs, operands, seconds)

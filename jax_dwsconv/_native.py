@@ -6,6 +6,8 @@ from types import ModuleType
 
 import jax
 
+from jax_dwsconv import _config
+
 # A changed attribute or operand list is a new version, so that saved exports keep loading. With every version goes the
 # version of this package that introduced it.
 TARGETS = {
@@ -78,9 +80,10 @@ def require_kernels() -> None:
     """For benchmarks, which would otherwise time lax twice.
 
     Raises:
-      SystemExit: the default device is one that has no kernels here.
+      SystemExit: the default device is one that has no kernels here, or they are disabled.
     """
-    if reason := why_unavailable({"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())):
+    reason = why_unavailable({"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()))
+    if reason := "JAX_DWSCONV_DISABLE is set" if _config.disabled() else reason:
         raise SystemExit(f"no kernels of jax_dwsconv to time: {reason}")
 
 

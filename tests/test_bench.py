@@ -39,6 +39,10 @@ def test_lax_is_not_timed_in_our_name(monkeypatch):
     monkeypatch.setattr(_bench._native, "load", lambda platform: ImportError("not built"))
     with pytest.raises(SystemExit, match=r"no kernels of jax_dwsconv to time: .*not built"):
         command_line.main(["bench", "--layers", "5,8,3,1"])
+    monkeypatch.undo()
+    monkeypatch.setenv("JAX_DWSCONV_DISABLE", "1")
+    with pytest.raises(SystemExit, match="JAX_DWSCONV_DISABLE is set"):
+        command_line.main(["bench", "--layers", "5,8,3,1"])
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the tiles are swept")

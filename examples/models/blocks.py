@@ -159,7 +159,8 @@ class SqueezeExcite(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, channels) -> (N, channels)."""
         if self.by_rows:
-            means = jnp.mean(jnp.mean(x, axis=2, dtype=jnp.float32), axis=1).astype(x.dtype)
+            dtype = jnp.promote_types(x.dtype, jnp.float32)
+            means = jnp.mean(jnp.mean(x, axis=2, dtype=dtype), axis=1).astype(x.dtype)
         else:
             means = jnp.mean(x, axis=(1, 2))
         return nnx.sigmoid(self.expand(self.activation(self.reduce(means))))
