@@ -189,9 +189,10 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def depthwise_shares(row: dict[str, Any]) -> tuple[float, float]:
-    """The share of depthwise convolutions in the kernel time of plain Flax, and in that of ours.
+    """The share of depthwise convolutions in the kernel time of plain Flax, and in that of "ours".
 
-    Nothing but these layers differs between the two, so that all other kernels of ours stand for those of plain Flax.
+    Only these layers differ between the two: the other kernels of "ours" stand for those of plain Flax, which XLA may
+    fuse a little differently.
     """
     others = row["ours_kernels_ms"] - row["ours_own_kernels_ms"]
     return 1 - others / row["flax_kernels_ms"], row["ours_own_kernels_ms"] / row["ours_kernels_ms"]
@@ -251,7 +252,7 @@ def report(rows: list[dict[str, Any]], environment: dict[str, str], command: str
     """The rows as a Markdown document, with the paper's numbers."""
     described = ", ".join(f"{k} {v}" for k, v in environment.items())
     lines = ["# Whole models", "", f"{described}:", "", f"    {command}", ""]
-    lines += ["Milliseconds; the same model, parameters and images on both sides.", "", PAPER]
+    lines += ["Milliseconds; the same parameters and images on both sides.", "", PAPER]
     for mode, dtype in dict.fromkeys((row["mode"], row["dtype"]) for row in rows):
         first = SIDES[mode][0]
         shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
@@ -271,7 +272,11 @@ def report(rows: list[dict[str, Any]], environment: dict[str, str], command: str
             cells += [f"{share:.1%}" for share in depthwise_shares(row)] if shares else []
             lines.append(f"| {row['model']} | {row['size']} | {row['batch']} | {' | '.join(cells)} |")
     if any("flax_kernels_ms" in row for row in rows):
-        lines += ["", '"depthwise": the share of kernel time in depthwise convolutions, with nothing else changed.']
+        lines += [
+            "",
+            '"depthwise": the share of depthwise convolutions in the kernel time, before and after these layers',
+        ]
+        lines += ["alone are replaced (BatchNorm not folded)."]
     return "\n".join(lines) + "\n"
 
 

@@ -3,9 +3,9 @@
 lax and shift-and-add run in this process on the same random inputs and are compared with ours before they are timed;
 PyTorch runs in a process of its own, on random inputs of its own, and is only timed. Times are medians: on a GPU of the
 time that the kernels take (CUPTI), elsewhere of one call that is blocked on. Every timed call follows one with the same
-operands, so what fits the cache is there. The floor of a case is what its bytes take
-at the copy rate, its multiply-adds at the peak or the smallest kernel, whichever is longest. All three are measured in
-the same run, but for the peak of a GPU, which is a table (and left out for one that is not in it).
+operands, so what fits the cache is there. The floor of a case is what its bytes take at the copy rate, its
+multiply-adds at the peak or the smallest kernel, whichever is longest. All three are measured in the same run, but for
+the peak of a GPU, which is a table (and left out for one that is not in it).
 """
 
 import csv
@@ -94,27 +94,21 @@ def _pass(peer: str, case: Case, x: jax.Array, kernel: jax.Array) -> Callable:
 
 
 @functools.lru_cache(maxsize=1)
-def _arrays(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _arrays(layer: Layer, batch: int, dtype: str, layout: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values of x, of the kernel and of the result's gradient: the same for all operators of a layer."""
-    layer = case.layer
     channels, out_channels = layer.channels, layer.channels * layer.multiplier
-    last = case.layout == "NHWC"
+    last = layout == "NHWC"
     shapes = (
-        (case.batch, *((*layer.image, channels) if last else (channels, *layer.image))),
+        (batch, *((*layer.image, channels) if last else (channels, *layer.image))),
         (*layer.window, 1, out_channels),
-        (case.batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result))),
+        (batch, *((*layer.result, out_channels) if last else (out_channels, *layer.result))),
     )
 
     @jax.jit
     def normal(keys):
-        return tuple(jax.random.normal(key, s).astype(case.dtype) for key, s in zip(keys, shapes, strict=True))
+        return tuple(jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=True))
 
     return normal(jax.random.split(jax.random.key(0), len(shapes)))
-
-
-def _operands(case: Case) -> tuple[jax.Array, jax.Array]:
-    x, kernel, g = _arrays(case._replace(operator=""))
-    return {"forward": (x, kernel), "grad_input": (g, kernel), "grad_filter": (x, g)}[case.operator]
 
 
 def _products_per_us(seconds: float) -> float:
@@ -260,8 +254,8 @@ def _sweep(case: Case, operands, x, kernel, seconds: float) -> tuple[str, float]
 
 
 def _measure(case: Case, peers: list[str], floor: Floor, sweep: bool, seconds: float) -> dict:
-    operands = _operands(case)
-    x, kernel, _ = _arrays(case._replace(operator=""))
+    x, kernel, g = _arrays(case.layer, case.batch, case.dtype, case.layout)
+    operands = {"forward": (x, kernel), "grad_input": (g, kernel), "grad_filter": (x, g)}[case.operator]
     ours = _pass("ours", case, x, kernel)
     row = {**case._asdict(), "layer": str(case.layer), "floor_us": floor.of(case)}
     row["ours_us"] = _microseconds(ours, operands, seconds)
