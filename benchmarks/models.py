@@ -5,10 +5,11 @@ A training step is forward, backward and SGD with momentum. Inference is the for
 statistics, in two further forms: "folded" is ours with BatchNorm and activations in the kernels, "expert" is what one
 can write without this package, BatchNorm folded, depthwise convolutions as sums of shifted products and pointwise ones
 as matrix products. The time of a call is the median of calls that are blocked on, that of back-to-back calls is of ten
-that are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). All sides
-get the same parameters and images, and their results are compared. Inference is that of photographs, EfficientNet-Lite0
-with its ImageNet weights, the others with random ones: beside the times are the share of images that get the same label
-as from plain Flax, and the least cosine between the logits of the two.
+that are started before the last is waited for. On a GPU there is also the time that its kernels take (CUPTI). Memory is
+what XLA plans for a call, operands and results included. All sides get the same parameters and images, and their
+results are compared. Inference is that of photographs, EfficientNet-Lite0 with its ImageNet weights, the others with
+random ones: beside the times are the share of images that get the same label as from plain Flax, and the least cosine
+between the logits of the two.
 """
 
 import argparse
@@ -157,6 +158,13 @@ def kernels_ms(function: Callable, operands: tuple[Any, ...]) -> tuple[float, fl
     )
 
 
+def memory_mib(function: Any) -> float:
+    """What a compiled function needs at most: operands, results and what XLA plans in between, in MiB."""
+    needs = function.memory_analysis()
+    total = needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
+    return (total - needs.alias_size_in_bytes) / 2**20
+
+
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     """One line of the table. Raises SystemExit where the two sides disagree."""
     row: dict[str, Any] = case._asdict()
@@ -165,6 +173,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         start = time.perf_counter()
         function, operands = sides[side] = compiled(case, side)
         row[f"{side}_compile_s"] = time.perf_counter() - start
+        row[f"{side}_memory_mib"] = memory_mib(function)
         result = function(*operands)
         results[side] = np.asarray(result[0] if case.mode == "train" else result, np.float32)
     for side in SIDES[case.mode]:
@@ -252,7 +261,7 @@ def report(rows: list[dict[str, Any]], environment: dict[str, str], command: str
     """The rows as a Markdown document, with the paper's numbers."""
     described = ", ".join(f"{k} {v}" for k, v in environment.items())
     lines = ["# Whole models", "", f"{described}:", "", f"    {command}", ""]
-    lines += ["Milliseconds; the same parameters and images on both sides.", "", PAPER]
+    lines += ["Milliseconds and MiB; the same parameters and images on both sides.", "", PAPER]
     for mode, dtype in dict.fromkeys((row["mode"], row["dtype"]) for row in rows):
         first = SIDES[mode][0]
         shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
@@ -262,6 +271,7 @@ def report(rows: list[dict[str, Any]], environment: dict[str, str], command: str
             columns += [f"{name}, flax", f"{name}, {first}", "less time"]
         shares = "flax_kernels_ms" in shown[0]
         columns += ["depthwise, flax", "depthwise, ours"] if shares else []
+        columns += ["memory, flax", f"memory, {first}"]
         lines += ["", f"## {mode}, {dtype}", "", f"| model | size | batch | {' | '.join(columns)} |"]
         lines += [f"|{'---|' * (3 + len(columns))}"]
         for row in shown:
@@ -270,6 +280,7 @@ def report(rows: list[dict[str, Any]], environment: dict[str, str], command: str
                 plain, ours = row[f"flax_{kind}"], row[f"{first}_{kind}"]
                 cells += [f"{plain:.3f}", f"{ours:.3f}", f"{1 - ours / plain:.1%}"]
             cells += [f"{share:.1%}" for share in depthwise_shares(row)] if shares else []
+            cells += [f"{row[f'{side}_memory_mib']:.0f}" for side in ("flax", first)]
             lines.append(f"| {row['model']} | {row['size']} | {row['batch']} | {' | '.join(cells)} |")
     if any("flax_kernels_ms" in row for row in rows):
         lines += [
