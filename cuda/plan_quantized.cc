@@ -27,8 +27,8 @@ bool OneDimension(const Problem& p) { return p.in_h == 1 && p.out_h == 1 && p.ke
 bool Applies(const Problem& p, int64_t alignment) {
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const bool window_fits = p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1;
-  const bool sizes_fit = p.x.n <= kLargest && p.y.n <= kLargest && p.x_elements() <= kLargest * 2 &&
-                         p.y_elements() <= kLargest * 2 &&
+  const bool sizes_fit = p.filter_elements() <= kLargest && p.x.n <= kLargest && p.y.n <= kLargest &&
+                         p.x_elements() <= kLargest * 2 && p.y_elements() <= kLargest * 2 &&
                          std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   return p.channels_last && p.multiplier == 1 && p.channels % QuantizedTile::kVector == 0 && p.filter.c == 1 &&
          window_fits && sizes_fit && alignment % (QuantizedTile::kVector * BytesOf(p.y_dtype)) == 0;
@@ -71,17 +71,18 @@ double Estimate(const Problem& p, const QuantizedTile& tile, const Device& devic
   double instructions, latency;
   if (tile.bursts()) {
     instructions =
-        156 + 27.7 * kh * parts + source_rows * (3.71 * loads + 1.05 * quads) + tile.rows * (0.9 * products + 4 * t);
-    latency = 690 + 1.56 * instructions;
+        251 + 34.6 * kh * parts + source_rows * (2.07 * loads + 2.77 * quads) + tile.rows * (0.79 * products + 4 * t);
+    latency = 590 + 1.53 * instructions;
   } else {
-    instructions = 27.7 * kh * parts + source_rows * (35 + 11.1 * loads + 1.05 * quads + (0.9 * products + 4 * t) / s);
-    latency = 2100 + source_rows * 370 / tile.ahead + 1.56 * instructions;
+    instructions = 34.6 * kh * parts + source_rows * (119 + 4.1 * loads + 2.77 * quads + (0.79 * products + 4 * t) / s);
+    latency = 970 + source_rows * 500 / tile.ahead + 1.53 * instructions;
   }
-  const double compute = waves * std::max(1.15 * instructions * active, latency);
+  const double compute = waves * std::max(0.89 * instructions * active, latency);
   const double halo = source_rows / (tile.rows * s);
-  const double bytes = double(p.x_elements()) * (1 + 2.9 * (halo - 1)) + double(p.y_elements()) * BytesOf(p.y_dtype);
-  const double memory = bytes / (14.7 * device.multiprocessors) * (tile.bursts() ? 0.51 : 1);  // burst's halo is cached
-  return 1460 + std::max(compute, memory) + 0.5 * std::min(compute, memory);
+  const double bytes = double(p.x_elements()) * (1 + (tile.bursts() ? 0.22 : 2.3) * (halo - 1)) +
+                       double(p.y_elements()) * BytesOf(p.y_dtype);
+  const double memory = bytes / (16.7 * device.multiprocessors);
+  return 1980 + std::max(compute, memory) + 0.58 * std::min(compute, memory);
 }
 
 template <class Visit>
