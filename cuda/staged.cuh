@@ -53,8 +53,13 @@ __device__ __forceinline__ void CopyFilter(const Staged& m, const F* filter, int
 }
 
 // Of a multiprocessor; where the compiler would rather spill for more. 0 leaves it to the compiler.
+#if __CUDA_ARCH__ >= 800
 template <class X, int kK, int kVector, int kTileRows>
 constexpr int kStagedBlocks = sizeof(X) == 2 && kK == 7 && kVector == 1 && kTileRows == 1 ? 3 : 0;
+#else
+template <class X, int kK, int kVector, int kTileRows>
+constexpr int kStagedBlocks = 0;
+#endif
 
 template <class X, Pass kPass, int kK, int kVector, int kTileColumns, int kTileRows>
 __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks<X, kK, kVector, kTileRows>)
