@@ -13,6 +13,7 @@ template <class Kernel, class... Arguments>
 void LaunchClusters(Kernel kernel, unsigned blocks, unsigned threads, int shared, unsigned cluster, cudaStream_t stream,
                     Arguments&&... arguments) {
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;

@@ -54,10 +54,16 @@ std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Dev
 std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& device, int64_t alignment,
                                               int64_t max_splits);
 
-// Whether the blocks of all splits can be a cluster, whose size is portable up to eight.
-inline bool OneLaunch(int64_t splits, const Device& device) {
-  return splits == 1 || (splits <= 8 && device.capability >= 90);
+// Whether the blocks of all splits can be a cluster, whose size is portable up to eight; `others`: blocks of one split.
+// Sixteen are for whole GPUs of data centres, and gain where there is a multiprocessor for each block.
+inline bool OneLaunch(int64_t splits, int64_t others, const Device& device) {
+  const bool takes_sixteen = device.shared_memory >= 200 * 1024 && device.multiprocessors >= 64;
+  return splits == 1 || (device.capability >= 90 &&
+                         (splits <= 8 || (splits == 16 && takes_sixteen && splits * others <= device.multiprocessors)));
 }
+
+// A cluster of sixteen needs no more multiprocessors than a portable one.
+inline bool ClusterFits(int64_t splits, double resident_blocks) { return splits <= 8 || resident_blocks >= 2; }
 
 // Bytes from row to row in shared memory, so that threads of a warp which read `together` bytes each in different rows,
 // `step` rows apart, meet in no bank: an odd multiple of these bytes, where that can be had.

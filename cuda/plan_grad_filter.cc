@@ -112,14 +112,14 @@ void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int
         tile.rows = rows;
         const int64_t units = p.images_per_group() * CeilDiv(p.out_h, rows) * CeilDiv(p.out_w, tile.columns);
         const int64_t most_splits = std::min(CeilDiv(units, walkers), max_splits);
-        for (int64_t splits : {1, 2, 4, 8}) {
-          if (splits <= most_splits && OneLaunch(splits, device)) visit_splits(splits, true);
+        const int64_t others = vectors / lanes * p.groups;
+        for (int64_t splits : {1, 2, 4, 8, 16}) {
+          if (splits <= most_splits && OneLaunch(splits, others, device)) visit_splits(splits, true);
         }
         if (most_lanes < 32) return;
         for (int64_t blocks : {1, 2, 3, 4, 6, 8, 12, 16}) {  // for every multiprocessor
-          const int64_t splits = std::min(
-              std::max<int64_t>(1, blocks * device.multiprocessors / (vectors / lanes * p.groups)), most_splits);
-          if (!OneLaunch(splits, device)) visit_splits(splits, false);
+          const int64_t splits = std::min(std::max<int64_t>(1, blocks * device.multiprocessors / others), most_splits);
+          if (!OneLaunch(splits, others, device)) visit_splits(splits, false);
         }
       });
     }
@@ -174,6 +174,7 @@ double EstimateTapProducts(const Problem& p, const TapProductsTile& tile, bool o
   const double resident = std::clamp(
       std::floor(std::min(kRegisters / (kRegistersPerThread * threads), device.shared_memory / (shared + 1024))), 1.0,
       kMostBlocks);
+  if (one_launch && !ClusterFits(tile.splits, resident)) return std::numeric_limits<double>::infinity();
   const double blocks = std::ceil(p.channels / (8 * chunks)) * p.groups * tile.splits;
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 3) waves = std::ceil(waves);
@@ -218,13 +219,13 @@ void VisitTapProducts(const Problem& p, const Device& device, int64_t alignment,
     const int64_t most_splits = std::min(tiles, max_splits);
     const int64_t blocks_per_split = CeilDiv(all_chunks, tile.chunks) * p.groups;
     int64_t last = 0;
-    for (int64_t splits : {1, 2, 4, 8}) {
-      if (splits <= most_splits && OneLaunch(splits, device)) visit_splits(splits, true);
+    for (int64_t splits : {1, 2, 4, 8, 16}) {
+      if (splits <= most_splits && OneLaunch(splits, blocks_per_split, device)) visit_splits(splits, true);
     }
     for (int64_t blocks : {1, 2, 3, 4, 6}) {  // for every multiprocessor
       const int64_t splits =
           std::min(std::max<int64_t>(1, blocks * device.multiprocessors / blocks_per_split), most_splits);
-      if (splits != last && !OneLaunch(splits, device)) visit_splits(splits, false);
+      if (splits != last && !OneLaunch(splits, blocks_per_split, device)) visit_splits(splits, false);
       last = splits;
     }
   };

@@ -32,7 +32,7 @@ constexpr TapRowsCosts kTapRows32{3.2,   0,    1.13, 1.31,  20.5, 0,    3,  0.6,
 constexpr TapRowsCosts kTapRows16{11.5,  9.1,  1.25, 3.24,  42,  24,   0,    1.03, 1170, 14.4, 32.4, 2,
                                   0.239, 1560, 3.5,  0.466, 4.4, 12.2, 2120, 2160, 2680, 3950, 1.1,  0.268};
 
-// Estimated time in cycles, fitted like EstimateStaged.
+// Estimated time in cycles; infinite where a cluster does not fit the device. Fitted like EstimateStaged.
 double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launch, const Device& device) {
   constexpr double kRegisters = 65536, kMostThreads = 2048, kColumns = TapRowsTile::kColumns;
   const TapRowsShape shape(p, tile);
@@ -59,6 +59,7 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
   const double resident =
       std::max(1.0, std::floor(std::min({device.shared_memory / (shape.bytes + 1024.0), kMostThreads / (32 * warps),
                                          kRegisters / (registers * 32 * warps)})));
+  if (one_launch && !ClusterFits(tile.splits, resident)) return std::numeric_limits<double>::infinity();
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 3) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
@@ -115,20 +116,20 @@ std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& de
     plan.tap_rows = tile;
     plan.one_launch = one_launch;
     plan.cycles = EstimateTapRows(p, tile, one_launch, device);
-    plans.push_back(plan);
+    if (std::isfinite(plan.cycles)) plans.push_back(plan);
   };
   const auto visit_splits = [&](const TapRowsTile& tile) {
     if (TapRowsShape(p, tile).bytes > device.most_shared_memory) return;
     const int64_t pieces = p.images_per_group() * CeilDiv(p.out_h, tile.rows) * CeilDiv(p.out_w, tile.columns);
     const int64_t most_splits = std::min(pieces, max_splits);
     const int64_t others = CeilDiv(p.channels, tile.lanes * tile.kVector) * p.groups;
-    for (int64_t splits : {1, 2, 4, 8}) {
-      if (splits <= most_splits && OneLaunch(splits, device)) visit(tile, splits, true);
+    for (int64_t splits : {1, 2, 4, 8, 16}) {
+      if (splits <= most_splits && OneLaunch(splits, others, device)) visit(tile, splits, true);
     }
     int64_t last = 0;
     for (int64_t blocks : {1, 2, 3, 4, 6}) {  // for every multiprocessor
       const int64_t splits = std::min(std::max<int64_t>(1, blocks * device.multiprocessors / others), most_splits);
-      if (splits != last && !OneLaunch(splits, device)) visit(tile, splits, false);
+      if (splits != last && !OneLaunch(splits, others, device)) visit(tile, splits, false);
       last = splits;
     }
   };
