@@ -22,15 +22,15 @@ bool TapRowsApply(const Problem& p, const Device& device, int64_t alignment) {
 
 // What was fitted, for a size of dtype.
 struct TapRowsCosts {
-  double stretch, tail, product, load, row, start_piece, copy, transaction;                    // instructions
+  double product, load, row, copy, transaction;                                                // instructions
   double latency, copy_latency, bytes_per_cycle_of_copy, chain, issue, end_block, end_walker;  // of a piece, of a block
   double halo, short_pixels, bytes_per_cycle, bytes_per_cycle_of_cache;
-  double start, cluster, second_launch, per_part, overlap;
+  double start, cluster, cluster_warp, second_launch, per_part, overlap;
 };
-constexpr TapRowsCosts kTapRows32{3.2,   0,    1.13, 1.31,  20.5, 0,    3,  0.6, 1380, 3,    24.6,  1.64,
-                                  0.159, 1750, 3.14, 0.116, 4.1,  14.1, 67, 617, 3210, 4230, 0.993, 0.542};
-constexpr TapRowsCosts kTapRows16{11.5,  9.1,  1.25, 3.24,  42,  24,   0,    1.03, 1170, 14.4, 32.4, 2,
-                                  0.239, 1560, 3.5,  0.466, 4.4, 12.2, 2120, 2160, 2680, 3950, 1.1,  0.268};
+constexpr TapRowsCosts kTapRows32{1,    0.847,  9.2,  24.6, 1.01, 1310, 1,    104, 1.93, 0.248, 2370,
+                                  9.25, 0.0389, 11.3, 15,   21.2, 1030, 1540, 123, 3270, 0.74,  0.52};
+constexpr TapRowsCosts kTapRows16{1.08, 0.8,    36,   6.9, 1.32, 1500, 1,    66.7, 3.09, 0.38, 1000,
+                                  1,    0.0466, 10.3, 15,  16.9, 2800, 1060, 96.6, 2980, 0.5,  0.617};
 
 // Estimated time in cycles; infinite where a cluster does not fit the device. Fitted like EstimateStaged.
 double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launch, const Device& device) {
@@ -49,25 +49,30 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
   };
   const double copies = copied(shape.x_rows, shape.x_columns) + copied(tile.rows, tile.columns);
   const double loads = kColumns * (1 + stride);
-  const double stretch = cost.stretch + (tile.columns % tile.kColumns != 0 ? cost.tail : 0) +
-                         cost.product * kColumns * tile.kVector * k + cost.load * loads;
-  const double rows = CeilDiv(tile.rows, tile.walkers), stretches = CeilDiv(tile.columns, tile.kColumns);
-  const double instructions = cost.start_piece + rows * (cost.row + stretches * stretch) + cost.copy * copies;
-  const double transactions = cost.transaction * rows * stretches * loads * std::max(1.0, tile.kVector * bytes / 4);
+  const double stretches = CeilDiv(tile.columns, tile.kColumns);
+  const double row = cost.row + stretches * (cost.product * kColumns * tile.kVector * k + cost.load * loads);
+  const double mean_rows = double(tile.rows) / tile.walkers;
+  const double instructions = mean_rows * row + cost.copy * copies,
+               most_instructions = std::ceil(mean_rows) * row + cost.copy * copies;
+  const double transactions =
+      cost.transaction * mean_rows * stretches * loads * std::max(1.0, tile.kVector * bytes / 4);
 
   const double warps = CeilDiv(shape.threads, 32), registers = 49 + 4.5 * k;
   const double resident =
       std::max(1.0, std::floor(std::min({device.shared_memory / (shape.bytes + 1024.0), kMostThreads / (32 * warps),
                                          kRegisters / (registers * 32 * warps)})));
   if (one_launch && !ClusterFits(tile.splits, resident)) return std::numeric_limits<double>::infinity();
-  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  // A cluster stays within a group of 16 to 18 multiprocessors, which it may not fill.
+  const double usable = one_launch && tile.splits > 1 ? 0.95 : 1;
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident * usable));
   if (waves < 3) waves = std::ceil(waves);
-  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
   const double x_pixels = double(shape.x_rows) * shape.x_columns, g_pixels = double(tile.rows) * tile.columns;
+  const double own = warps * std::max(cost.issue * instructions, transactions);  // alone on a multiprocessor
   const double latency = cost.latency + cost.copy_latency * copies +
                          (x_pixels + g_pixels) * channels * bytes / cost.bytes_per_cycle_of_copy +
-                         cost.chain * instructions;
-  const double piece = std::max({cost.issue * warps * instructions * active, warps * transactions * active, latency});
+                         std::max(cost.chain * most_instructions, own);
+  const double piece = std::max(own * active, latency);
   const double compute =
       waves * (std::ceil(pieces / tile.splits) * piece + cost.end_block + cost.end_walker * tile.walkers * k);
 
@@ -80,7 +85,7 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
       device.multiprocessors;
   const double end =
       !one_launch ? cost.second_launch + cost.per_part * tile.splits * p.filter_elements() / device.multiprocessors
-      : tile.splits > 1 ? cost.cluster
+      : tile.splits > 1 ? cost.cluster + cost.cluster_warp * warps
                         : 0;
   return cost.start + end + std::max(compute, memory) + cost.overlap * std::min(compute, memory);
 }
@@ -135,7 +140,7 @@ std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& de
   };
   for (int lanes : {4, 8, 16, 32}) {
     if (lanes * TapRowsTile::kVector * BytesOf(p.x_dtype) < kFewestBytes) continue;
-    for (int walkers : {2, 3, 4, 5, 8}) {
+    for (int walkers : {1, 2, 3, 4, 5, 7, 8, 14}) {
       const int64_t threads = lanes * walkers * p.kernel_h;
       if (threads < kFewestThreads || threads > kMostThreads) continue;
       for (int64_t stretches = 1, last_columns = 0; stretches <= 64; stretches *= 2) {
