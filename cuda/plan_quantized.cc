@@ -74,8 +74,8 @@ double Estimate(const Problem& p, const QuantizedTile& tile, const Device& devic
         251 + 34.6 * kh * parts + source_rows * (2.07 * loads + 2.77 * quads) + tile.rows * (0.79 * products + 4 * t);
     latency = 590 + 1.53 * instructions;
   } else {
-    instructions = 34.6 * kh * parts + source_rows * (119 + 4.1 * loads + 2.77 * quads + (0.79 * products + 4 * t) / s);
-    latency = 970 + source_rows * 500 / tile.ahead + 1.53 * instructions;
+    instructions = 34.6 * kh * parts + source_rows * (122 + 4.1 * loads + 2.77 * quads + (0.79 * products + 4 * t) / s);
+    latency = 970 + source_rows * 530 / tile.ahead + 1.53 * instructions;
   }
   const double compute = waves * std::max(0.89 * instructions * active, latency);
   const double halo = source_rows / (tile.rows * s);
