@@ -3,6 +3,7 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/kernels.h"
+#include "cuda/tap_planes.h"
 #include "cuda/tap_products.h"
 #include "cuda/tap_rows.h"
 #include "cuda/tap_sums.h"
@@ -153,6 +154,8 @@ bool LaunchGradFilter(const Problem& p, const GradFilterPlan& plan, const void* 
       has_instance = LaunchTapSums(plan.turned ? Turned(p) : p, plan, x, g, filter, workspace, stream);
     } else if (plan.kernel == GradFilterPlan::Kernel::kTapRows) {
       has_instance = LaunchTapRows(p, plan, x, g, filter, workspace, stream);
+    } else if (plan.kernel == GradFilterPlan::Kernel::kTapPlanes) {
+      has_instance = LaunchTapPlanes(p, plan, x, g, filter, workspace, stream);
     } else if (plan.kernel == GradFilterPlan::Kernel::kTapProducts) {
       has_instance = LaunchTapProducts(p, plan, x, g, filter, workspace, stream);
     } else {

@@ -209,6 +209,33 @@ struct TapRowsShape {
   int bytes;
 };
 
+// The same in NCHW (tap_planes.cuh): a thread has one row of the filter for one of `planes` channels and one of the
+// `walkers` of this channel, which go along rows of g, several columns at once. A block adds up pieces of `rows` rows of
+// g; the sums come out in `splits` parts.
+struct TapPlanesTile {
+  int planes, walkers, rows, splits;
+  int alignment;  // of x and g, in bytes
+};
+
+constexpr int kTapPlanesThreads = 512;  // at most
+
+// How the rows of an image lie in shared memory.
+struct RowsShape {
+  int chunk;  // bytes that are copied at once
+  int rows;   // of a channel; all of them exist
+  int left;   // elements before the first row
+  int pitch;  // elements from row to row
+};
+
+// How x and g of a block lie in shared memory: x with zeros between its rows.
+struct TapPlanesShape {
+  TapPlanesShape(const Problem& p, const TapPlanesTile& tile);
+
+  int threads, columns;  // that a thread takes at once
+  RowsShape x, g;
+  int x_bytes, bytes;
+};
+
 // grad_filter of 16-bit types in NHWC on tensor cores (tap_products.cuh). A block has `chunks` times 8 channels with
 // `walkers` warps each; a tile is a stretch of `columns` columns of `rows` rows of g in `images` images. The filter's
 // rows and columns that fit depend on `sets`.
@@ -234,13 +261,14 @@ struct GradFilterPieces {
 
 // The sums come in `splits` parts. Either the blocks of a cluster add them, or a second kernel does, both in order.
 struct GradFilterPlan {
-  enum class Kernel { kPieces, kTapSums, kTapRows, kTapProducts };
+  enum class Kernel { kPieces, kTapSums, kTapRows, kTapPlanes, kTapProducts };
   Kernel kernel = Kernel::kPieces;
   bool turned = false;
   int64_t splits = 1;
   GradFilterPieces pieces{};
   TapSumsTile tap_sums{};
   TapRowsTile tap_rows{};
+  TapPlanesTile tap_planes{};
   TapProductsTile tap_products{};
   bool one_launch = false;
   double cycles = 0;

@@ -50,9 +50,11 @@ void ForStripRows(int64_t rows, const Visit& visit) {
 // The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc).
 std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
 
-// The same for GradFilterCandidates (plan_tap_rows.cc).
+// The same for GradFilterCandidates (plan_tap_rows.cc, plan_tap_planes.cc).
 std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& device, int64_t alignment,
                                               int64_t max_splits);
+std::vector<GradFilterPlan> TapPlanesCandidates(const Problem& p, const Device& device, int64_t alignment,
+                                                int64_t max_splits);
 
 // Whether the blocks of all splits can be a cluster, whose size is portable up to eight; `others`: blocks of one split.
 // Sixteen are for whole GPUs of data centres, and gain where there is a multiprocessor for each block.

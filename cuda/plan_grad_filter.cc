@@ -262,6 +262,7 @@ void VisitGradFilters(const Problem& p, const Device& device, int64_t alignment,
                       const Visit& visit) {
   VisitTapSums(p, device, alignment, max_splits, visit);
   for (const GradFilterPlan& plan : TapRowsCandidates(p, device, alignment, max_splits)) visit(plan);
+  for (const GradFilterPlan& plan : TapPlanesCandidates(p, device, alignment, max_splits)) visit(plan);
   VisitTapProducts(p, device, alignment, max_splits, visit);
   if (CanTurn(p)) {
     VisitTapSums(Turned(p), device, alignment, max_splits, [&](GradFilterPlan plan) {
@@ -287,6 +288,10 @@ std::string GradFilterPlan::Text() const {
     case Kernel::kTapRows: {
       const TapRowsTile& t = tap_rows;
       return "tap_rows:" + Join({t.lanes, t.walkers, t.rows, t.columns, t.splits});
+    }
+    case Kernel::kTapPlanes: {
+      const TapPlanesTile& t = tap_planes;
+      return "tap_planes:" + Join({t.planes, t.walkers, t.rows, t.splits});
     }
     case Kernel::kTapProducts: {
       const TapProductsTile& t = tap_products;

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kBlock / kToeplitzWarpChannels * 32, ToeplitzB
     const T* const from = filter + (i * m.filter_h + j * m.filter_w + from_channel * m.filter_c);
     T* const to = taps_shared + index * kChannels;
     if (m.filter_c == 1) {
-      CopyAsync8(to, from);
+      CopyAsync<8>(to, from);
     } else {
       for (int c = 0; c < kChannels; ++c) to[c] = from[c * m.filter_c];
     }

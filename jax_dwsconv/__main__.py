@@ -109,7 +109,7 @@ def plan(options: argparse.Namespace) -> int:
     print("march: vector x columns x rows ahead x strip rows; march_planes: columns x rows ahead x strip rows;")
     print("toeplitz: channels x marchers side by side x strip rows;")
     print("tap_sums: vector x columns x strip rows x lanes x splits;")
-    print("tap_rows: lanes x walkers x rows x columns x splits;")
+    print("tap_rows: lanes x walkers x rows x columns x splits; tap_planes: planes x walkers x rows x splits;")
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
     print("staged: vector x columns x rows, of a block lanes x tiles across x down;")
     print("burst: vector x columns x rows; slide: vector x the axis along which it slides; lines has no choice;")
