@@ -41,34 +41,33 @@ double EstimateTapPlanes(const Problem& p, const TapPlanesTile& tile, bool one_l
            (rows.chunk < 4 ? 2 : 1);
   };
   const double copies = copied(shape.x, p.in_w) + copied(shape.g, p.out_w);
-  const double x_loads = columns * stride * (bytes == 2 ? 0.5 : 1), g_loads = columns / 2;
-  const double converted = bytes == 2 ? columns * (1 + 1.5 * stride) : 0;
-  const double stretch =
-      12 + (p.out_w % shape.columns != 0 ? 10 : 0) + 1.1 * columns * k + 1.3 * (x_loads + g_loads) + converted;
+  const double x_loads = columns * stride * bytes / 4, g_loads = columns / 2, converted = columns * (1 + stride);
+  const double stretch = 2.4 + (p.out_w % shape.columns != 0 ? columns : 0) + 0.98 * columns * k +
+                         0.14 * (x_loads + g_loads) + (bytes == 2 ? 0.44 * converted : 0);
   const double rows = CeilDiv(tile.rows, tile.walkers), stretches = CeilDiv(p.out_w, shape.columns);
-  const double instructions = 100 + rows * (40 + stretches * stretch) + 10 * copies;
+  const double instructions = rows * (64 + stretches * stretch) + 30 * copies;
   const double together = std::min<double>(tile.walkers, CeilDiv(32, p.kernel_h));  // rows of g that a warp reads
   const double transactions =
       rows * stretches *
       (x_loads * Conflicts((together - 1) * stride + k, std::max<int64_t>(4, shape.x.chunk)) +
        g_loads * Conflicts(together, std::max<int64_t>(2 * bytes, shape.g.chunk)) * std::max(1.0, bytes / 2));
 
-  const double warps = CeilDiv(shape.threads, 32), registers = 80;
+  const double warps = CeilDiv(shape.threads, 32), registers = shape.columns * stride > 14 ? 64 : 48;
   const double resident =
       std::max(1.0, std::floor(std::min({device.shared_memory / (shape.bytes + 1024.0), kMostThreads / (32 * warps),
                                          kRegisters / (registers * 32 * warps)})));
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 3) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
-  const double latency = 1500 + 10 * copies + 2 * instructions;
-  const double piece = std::max({0.3 * warps * instructions * active, 1.1 * warps * transactions * active, latency});
-  const double compute = waves * (std::ceil(pieces / tile.splits) * piece + 1500 + 10 * tile.walkers * k);
+  const double latency = 2000 + 47 * copies + 3.9 * instructions;
+  const double piece = std::max({0.153 * warps * instructions * active, 0.81 * warps * transactions * active, latency});
+  const double compute = waves * (std::ceil(pieces / tile.splits) * piece + 1570 + 4.8 * tile.walkers * k);
 
-  const double memory = bytes * (p.x_elements() + p.y_elements()) / (14.0 * device.multiprocessors);
-  const double end = !one_launch       ? 3500 + 1.0 * tile.splits * p.filter_elements() / device.multiprocessors
+  const double memory = bytes * (p.x_elements() + p.y_elements()) / (10.4 * device.multiprocessors);
+  const double end = !one_launch       ? 4950 + 3.5 * tile.splits * p.filter_elements() / device.multiprocessors
                      : tile.splits > 1 ? 2000
                                        : 0;
-  return 2200 + end + std::max(compute, memory) + 0.3 * std::min(compute, memory);
+  return 1500 + end + std::max(compute, memory) + 0.7 * std::min(compute, memory);
 }
 
 // The widest copies that rows and addresses are multiples of. Threads read in different rows, so they meet in fewest
@@ -88,10 +87,10 @@ RowsShape DescribeRows(int64_t rows, int64_t width, int64_t left, int64_t gap, i
 }  // namespace
 
 TapPlanesShape::TapPlanesShape(const Problem& p, const TapPlanesTile& tile) {
-  const auto whole = [&](int64_t tile_columns) { return CeilDiv(p.out_w, tile_columns) * tile_columns; };
   const int64_t element = BytesOf(p.x_dtype), k = p.kernel_w, stride = p.stride_w;
   threads = tile.planes * tile.walkers * static_cast<int>(k);
-  columns = whole(14) <= whole(8) ? 14 : 8;
+  columns = p.out_w <= 7 ? 7 : 14;
+  const int64_t whole = CeilDiv(p.out_w, columns) * columns;
   const int64_t before = std::max<int64_t>(0, p.pad_left + stride - 1);
   const int64_t after = (p.out_w - 1) * stride + k - p.pad_left - p.in_w;
   x = DescribeRows(std::min((tile.rows - 1) * stride + k, p.in_h), p.in_w, before,
@@ -99,11 +98,11 @@ TapPlanesShape::TapPlanesShape(const Problem& p, const TapPlanesTile& tile) {
   g = DescribeRows(tile.rows, p.out_w, 0, 0, 2 * element, element, tile.alignment);
 
   // A thread reads whole stretches, and a pair more.
-  const int64_t read = x.left - p.pad_left + whole(columns) * stride + k + 2;
+  const int64_t read = x.left - p.pad_left + whole * stride + k + 3;
   const int64_t x_last = (int64_t{tile.planes} * x.rows - 1) * x.pitch,
                 g_last = (int64_t{tile.planes} * g.rows - 1) * g.pitch;
   const int64_t x_size = CeilDiv((x_last + std::max(x.left + p.in_w, read)) * element, 16) * 16;
-  const int64_t copied = x_size + (g_last + whole(columns)) * element;
+  const int64_t copied = x_size + (g_last + whole + 1) * element;
   const int64_t sums = int64_t{4} * tile.walkers * tile.planes * k * k;
   x_bytes = static_cast<int>(std::min(x_size, kMost));
   bytes = static_cast<int>(std::min(std::max(copied, sums), kMost));

@@ -48,7 +48,7 @@ bool LaunchFor(const Problem& p, const GradFilterPlan& plan, const void* x, cons
   if (p.kernel_h == kK && p.stride_h == kS && shape.columns == kTile) {               \
     return Launch<T, kK, kS, kTile>(p, plan, shape, x, g, filter, workspace, stream); \
   }
-#define DWSCONV_TRY_SIZE(kK) DWSCONV_TRY(kK, 1, 8) DWSCONV_TRY(kK, 1, 14) DWSCONV_TRY(kK, 2, 8) DWSCONV_TRY(kK, 2, 14)
+#define DWSCONV_TRY_SIZE(kK) DWSCONV_TRY(kK, 1, 7) DWSCONV_TRY(kK, 1, 14) DWSCONV_TRY(kK, 2, 7) DWSCONV_TRY(kK, 2, 14)
   DWSCONV_TRY_SIZE(3)
   DWSCONV_TRY_SIZE(5)
   DWSCONV_TRY_SIZE(7)

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
     TapPlanesKernel(const __grid_constant__ TapPlanes m, const T* __restrict__ x, const T* __restrict__ g,
                     void* __restrict__ filter, float* __restrict__ workspace) {
 #if __CUDA_ARCH__ >= 800
-  // Pairs are kept and taken: with stride 2, a column before the first that is needed.
-  constexpr int kBefore = kS - 1, kKept = kK - 1, kNew = kTile * kS;
+  // Pairs are kept and taken: with stride 2, from a column before the first that is needed. An odd tile is a whole row.
+  constexpr int kBefore = kS - 1, kKept = kK - 1, kPairs = (kTile + 1) / 2, kNew = (kTile * kS + 1) / 2 * 2;
   const int filter_row = threadIdx.x % kK;
   const int walker = threadIdx.x / kK % m.walkers, plane = threadIdx.x / kK / m.walkers;
   const TapBlock block = LocateTapBlock<1>(m);
@@ -134,20 +134,18 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
       float window[kKept + kNew][1];
       xs.template Take<kKept>(window);
       for (int left = m.g.w; left > 0; left -= kTile, gs += kTile) {
-        float in[kTile][1];
+        float in[2 * kPairs][1];
 #pragma unroll
-        for (int b = 0; b < kTile; b += 2) {
-          float pair[2];
-          LoadVector(gs + b, pair);
-          in[b][0] = pair[0];
-          in[b + 1][0] = pair[1];
+        for (int b = 0; b < kPairs; ++b) {
+          LoadVector(gs + 2 * b, reinterpret_cast<float (&)[2]>(in[2 * b]));
         }
         xs.template Take<kNew>(window + kKept);
         const auto& met = reinterpret_cast<const float (&)[kKept + kNew - kBefore][1]>(window[kBefore]);
+        const auto& columns = reinterpret_cast<const float (&)[kTile][1]>(in);
         if (left >= kTile) {
-          AddProducts<kS>(met, in, kTile, taps);
+          AddProducts<kS>(met, columns, kTile, taps);
         } else {  // columns that do not exist must not take part: zero times infinity
-          AddProducts<kS>(met, in, left, taps);
+          AddProducts<kS>(met, columns, left, taps);
         }
 #pragma unroll
         for (int c = 0; c < kKept; ++c) window[c][0] = window[kNew + c][0];
