@@ -91,6 +91,27 @@ TILED = [
     Case(size=(15, 30), channels=24, strides=(2, 2), kernel_size=(5, 5), padding=((1, 2), (1, 2))),
     Case(size=(16, 30), channels=24, strides=(2, 2), padding=((0, 1), (0, 1)), dtypes=("bfloat16",) * 3),
     Case(batch=3, size=(11, 23), channels=40, strides=(2, 2), kernel_size=(7, 7), padding=((3, 3), (2, 3))),
+    Case(batch=9, size=(9, 7), channels=10, layout="NCHW", dtypes=("bfloat16",) * 3),
+    Case(
+        batch=6,
+        size=(11, 29),
+        channels=10,
+        kernel_size=(7, 7),
+        padding=((-1, 7), (6, -2)),
+        layout="NCHW",
+        dtypes=("float16",) * 3,
+    ),
+    Case(
+        batch=3,
+        size=(30, 32),
+        channels=10,
+        strides=(2, 2),
+        kernel_size=(5, 5),
+        padding=((0, 2), (3, 0)),
+        layout="NCHW",
+        dtypes=("bfloat16",) * 3,
+    ),
+    Case(batch=3, size=(15, 13), channels=9, strides=(2, 2), layout="NCHW"),
     Case(size=(1, 300), channels=8, kernel_size=(1, 4), padding=((0, 0), (3, 0))),
     Case(size=(1, 40), channels=6, kernel_size=(1, 5), padding=((0, 0), (2, 2)), layout="NCHW"),
     Case(
@@ -190,9 +211,10 @@ def test_more_images_than_a_grid_has_blocks(operator):
     numerics.check_result(case, operator, *operands, numerics.run(case, operator, *map(jnp.asarray, operands)))
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_products_with_invented_zeros_leave_no_trace(value, kernel_size, monkeypatch):
+def test_products_with_invented_zeros_leave_no_trace(value, kernel_size, layout, monkeypatch):
     """On tensor cores a pixel of x meets zeros in place of the rows and columns of g that are not there.
 
     From shared memory it would meet whatever is behind the last column of g.
@@ -200,15 +222,19 @@ def test_products_with_invented_zeros_leave_no_trace(value, kernel_size, monkeyp
     pad = kernel_size // 2
     x, g = numerics.normal(2, 9, 9, 16), numerics.normal(2, 9, 9, 16, seed=1)
     x[0, 0, 0, 3], x[1, 8, 4, 5] = value, value
+    problem = {"shape": x.shape, "kernel_size": (kernel_size,) * 2, "layout": layout, "dtype": "bfloat16"}
+    if layout == "NCHW":
+        x, g = np.moveaxis(x, -1, 1), np.moveaxis(g, -1, 1)
 
     def dkernel(x, g):
         kernel = jnp.zeros((kernel_size, kernel_size, 1, 16), x.dtype)
-        forward = functools.partial(jax_dwsconv.depthwise_conv2d, x, padding=pad)
+        forward = functools.partial(jax_dwsconv.depthwise_conv2d, x, padding=pad, data_format=layout)
         return jax.linear_transpose(forward, kernel)(g)[0].astype(jnp.float32)
 
     operands = jnp.asarray(x, jnp.bfloat16), jnp.asarray(g, jnp.bfloat16)
-    plan = functools.partial(_planning.plan, "grad_filter", x.shape, (kernel_size,) * 2, dtype="bfloat16")
-    tiles = [candidate.text for candidate in plan()[1] if candidate.text.startswith(("tap_products", "tap_rows"))]
+    _, candidates = _planning.plan("grad_filter", **problem)
+    shared = ("tap_products", "tap_rows", "tap_planes")
+    tiles = [candidate.text for candidate in candidates if candidate.text.startswith(shared)]
     monkeypatch.setenv("JAX_DWSCONV_TILE", "none")
     expected = ~np.isfinite(jax.jit(functools.partial(dkernel))(*(a.astype(jnp.float32) for a in operands)))
     assert 0 < expected.sum() < 2 * kernel_size**2

@@ -87,6 +87,19 @@ def test_filters_that_fit_the_shifts_of_a_product(kernel_size, strides, fits):
     assert any(candidate.text.startswith("tap_products") for candidate in candidates) == fits
 
 
+def test_planes_of_channels_from_shared_memory():
+    """For wide filters in NCHW, in strips of rows where whole planes do not fit; the copies need capability 8.0."""
+    for device, dtype in (("h100", "bfloat16"), ("h100", "float32"), ("rtx2080ti", "float32")):
+        chosen, _ = _planning.plan(
+            "grad_filter", **PROBLEMS["wide filter"], layout="NCHW", dtype=dtype, device=DEVICES[device]
+        )
+        assert chosen.text.startswith("tap_planes") == (device == "h100")
+    _, candidates = _planning.plan("grad_filter", (8, 512, 512, 32), (7, 7), layout="NCHW", dtype="float32")
+    tiles = [_numbers(c.text) for c in candidates if c.text.startswith("tap_planes")]
+    assert tiles
+    assert all(walkers <= rows < 512 and planes * walkers * 7 <= 512 for planes, walkers, rows, _ in tiles)
+
+
 def test_vectors_divide_the_channels():
     for operator in ("forward", "grad_input", "grad_filter"):
         _, candidates = _planning.plan(operator, **PROBLEMS["odd"], dtype="float32")
