@@ -5,11 +5,12 @@
 namespace dwsconv::cuda {
 namespace {
 
-PlaneRows DescribeRows(const RowsShape& shape, const Grid& grid, int row_bytes, int threads) {
+PlaneRows DescribeRows(const RowsShape& shape, const Grid& grid, int element, int threads) {
   PlaneRows m{shape};
+  m.grid = grid;
   const auto divisor = [](int value) { return Divisor(static_cast<uint32_t>(value)); };
   m.plane_rows = divisor(shape.rows);
-  m.row_chunks = divisor(row_bytes / shape.chunk);
+  m.row_chunks = divisor(grid.w * element / shape.chunk);
   m.copied_rows = std::max(1u, threads / m.row_chunks.value);
   m.further_rows = static_cast<int>(m.copied_rows) % shape.rows;
   m.step = static_cast<int>(m.copied_rows) / shape.rows * grid.step.c + m.further_rows * grid.step.h;
@@ -22,10 +23,8 @@ bool Launch(const Problem& p, const GradFilterPlan& plan, const TapPlanesShape& 
             void* filter, float* workspace, cudaStream_t stream) {
   const TapPlanesTile& tile = plan.tap_planes;
   TapPlanes m{DescribeParts(p, 1, tile.planes, tile.walkers, plan)};
-  m.x = InputGrid(p);
-  m.g = OutputGrid(p);
-  m.x_rows = DescribeRows(shape.x, m.x, m.x.w * static_cast<int>(sizeof(T)), shape.threads);
-  m.g_rows = DescribeRows(shape.g, m.g, m.g.w * static_cast<int>(sizeof(T)), shape.threads);
+  m.x = DescribeRows(shape.x, InputGrid(p), sizeof(T), shape.threads);
+  m.g = DescribeRows(shape.g, OutputGrid(p), sizeof(T), shape.threads);
   m.strips = Divisor(static_cast<uint32_t>(CeilDiv(p.out_h, tile.rows)));
   m.pieces = static_cast<uint32_t>(p.images_per_group() * m.strips.value);
   m.rows = tile.rows;

@@ -15,7 +15,7 @@ namespace dwsconv::cuda {
 // Neighbouring threads copy neighbouring chunks of a row, and go down the rows. `first`: the first row in the first of
 // the `planes` that exist.
 template <int kBytes, class T>
-__device__ __forceinline__ void CopyRows(const PlaneRows& m, const Grid& grid, const T* first, int planes, T* shared) {
+__device__ __forceinline__ void CopyRows(const PlaneRows& m, const T* first, int planes, T* shared) {
   constexpr int kChunk = kBytes / sizeof(T);
   uint32_t row = threadIdx.x;
   uint32_t index = m.row_chunks.Take(row);
@@ -24,7 +24,7 @@ __device__ __forceinline__ void CopyRows(const PlaneRows& m, const Grid& grid, c
   for (; index < m.row_chunks.value; index += blockDim.x) {
     uint32_t plane = row;
     int h = m.plane_rows.Take(plane);
-    const T* from = first + plane * grid.step.c + h * grid.step.h + index * kChunk;
+    const T* from = first + plane * m.grid.step.c + h * m.grid.step.h + index * kChunk;
     T* to = shared + m.left + row * m.pitch + index * kChunk;
 #pragma unroll 4
     for (int i = row; i < rows; i += m.copied_rows) {
@@ -45,11 +45,11 @@ __device__ __forceinline__ void CopyRows(const PlaneRows& m, const Grid& grid, c
 }
 
 template <class T>
-__device__ __forceinline__ void CopyRows(const PlaneRows& m, const Grid& grid, const T* first, int planes, T* shared) {
-  if (m.chunk == 16) return CopyRows<16>(m, grid, first, planes, shared);
-  if (m.chunk == 8) return CopyRows<8>(m, grid, first, planes, shared);
-  if (m.chunk == 4) return CopyRows<4>(m, grid, first, planes, shared);
-  if constexpr (sizeof(T) == 2) CopyRows<2>(m, grid, first, planes, shared);
+__device__ __forceinline__ void CopyRows(const PlaneRows& m, const T* first, int planes, T* shared) {
+  if (m.chunk == 16) return CopyRows<16>(m, first, planes, shared);
+  if (m.chunk == 8) return CopyRows<8>(m, first, planes, shared);
+  if (m.chunk == 4) return CopyRows<4>(m, first, planes, shared);
+  if constexpr (sizeof(T) == 2) CopyRows<2>(m, first, planes, shared);
 }
 
 // Elements one after the other, from any place in shared memory. Those of 16 bits come in words.
@@ -111,15 +111,20 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
   float taps[kK][1] = {};
   for (uint32_t piece = block.split; piece < m.pieces; piece += m.splits.value) {
     uint32_t image_in_group = piece;
-    const int g_row = m.strips.Take(image_in_group) * m.rows, g_end = min(g_row + m.rows, m.g.h);
+    const int g_row = m.strips.Take(image_in_group) * m.rows, g_end = min(g_row + m.rows, m.g.grid.h);
     const int64_t image = block.group * m.images_per_group + image_in_group;
-    const int g_first = g_end - m.g_rows.rows;
-    const int x_first = max(0, min(g_row * kS - m.pad_top, m.x.h - m.x_rows.rows));
+    const int g_first = g_end - m.g.rows;
+    const int x_first = max(0, min(g_row * kS - m.pad_top, m.x.grid.h - m.x.rows));
     __syncthreads();  // the others may still read
-    CopyRows(m.x_rows, m.x, x + image * m.x.step.n + block.first_channel * m.x.step.c + x_first * m.x.step.h, planes,
-             x_shared);
-    CopyRows(m.g_rows, m.g, g + image * m.g.step.n + block.first_channel * m.g.step.c + g_first * m.g.step.h, planes,
-             g_shared);
+#pragma unroll 1
+    for (int operand = 0; operand < 2; ++operand) {  // one place in the code, for that waits to be fetched
+      const bool of_x = operand == 0;
+      const PlaneRows& rows = of_x ? m.x : m.g;
+      const Strides& step = rows.grid.step;
+      CopyRows(rows,
+               (of_x ? x : g) + image * step.n + block.first_channel * step.c + (of_x ? x_first : g_first) * step.h,
+               planes, of_x ? x_shared : g_shared);
+    }
     CommitCopies();
     WaitForCopies<0>();
     __syncthreads();
@@ -127,13 +132,12 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
 
     for (int row = g_row + walker; row < g_end; row += m.walkers) {
       const int x_row = row * kS - m.pad_top + filter_row;
-      if (static_cast<unsigned>(x_row) >= static_cast<unsigned>(m.x.h)) continue;
-      const T* gs = g_shared + (plane * m.g_rows.rows + row - g_first) * m.g_rows.pitch;
-      Sequence<T> xs(x_shared,
-                     (plane * m.x_rows.rows + x_row - x_first) * m.x_rows.pitch + m.x_rows.left - m.pad_left - kBefore);
+      if (static_cast<unsigned>(x_row) >= static_cast<unsigned>(m.x.grid.h)) continue;
+      const T* gs = g_shared + (plane * m.g.rows + row - g_first) * m.g.pitch;
+      Sequence<T> xs(x_shared, (plane * m.x.rows + x_row - x_first) * m.x.pitch + m.x.left - m.pad_left - kBefore);
       float window[kKept + kNew][1];
       xs.template Take<kKept>(window);
-      for (int left = m.g.w; left > 0; left -= kTile, gs += kTile) {
+      for (int left = m.g.grid.w; left > 0; left -= kTile, gs += kTile) {
         float in[2 * kPairs][1];
 #pragma unroll
         for (int b = 0; b < kPairs; ++b) {

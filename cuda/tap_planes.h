@@ -9,8 +9,9 @@
 
 namespace dwsconv::cuda {
 
-// How rows of the planes of a block are copied.
+// Rows of the planes of a block, and how they are copied.
 struct PlaneRows : RowsShape {
+  Grid grid;
   Divisor plane_rows, row_chunks;
   uint32_t copied_rows;    // that the threads of a block copy at once
   int further_rows;        // of these, beyond whole planes
@@ -19,8 +20,7 @@ struct PlaneRows : RowsShape {
 
 // A block adds up pieces of g, of some rows, with the rows of x that they meet.
 struct TapPlanes : TapParts {
-  Grid x, g;
-  PlaneRows x_rows, g_rows;
+  PlaneRows x, g;
   Divisor strips;   // of an image
   uint32_t pieces;  // of a group
   int rows;         // of a piece
