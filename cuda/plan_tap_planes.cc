@@ -52,7 +52,7 @@ double EstimateTapPlanes(const Problem& p, const TapPlanesTile& tile, bool one_l
       (x_loads * Conflicts((together - 1) * stride + k, std::max<int64_t>(4, shape.x.chunk)) +
        g_loads * Conflicts(together, std::max<int64_t>(2 * bytes, shape.g.chunk)) * std::max(1.0, bytes / 2));
 
-  const double warps = CeilDiv(shape.threads, 32), registers = shape.columns * stride > 14 ? 64 : 56;
+  const double warps = CeilDiv(shape.threads, 32), registers = shape.columns * stride > 14 ? 64 : 48;
   const double resident =
       std::max(1.0, std::floor(std::min({device.shared_memory / (shape.bytes + 1024.0), kMostThreads / (32 * warps),
                                          kRegisters / (registers * 32 * warps)})));

@@ -13,8 +13,9 @@ PlaneRows DescribeRows(const RowsShape& shape, const Grid& grid, int element, in
   m.row_chunks = divisor(grid.w * element / shape.chunk);
   m.copied_rows = std::max(1u, threads / m.row_chunks.value);
   m.further_rows = static_cast<int>(m.copied_rows) % shape.rows;
-  m.step = static_cast<int>(m.copied_rows) / shape.rows * grid.step.c + m.further_rows * grid.step.h;
-  m.next_row = grid.step.c - shape.rows * grid.step.h;
+  const int planes = static_cast<int>(m.copied_rows) / shape.rows;
+  m.step = static_cast<int>(planes * grid.step.c + m.further_rows * grid.step.h);
+  m.next_row = static_cast<int>(grid.step.c - shape.rows * grid.step.h);
   return m;
 }
 

@@ -13,43 +13,55 @@
 namespace dwsconv::cuda {
 
 // Neighbouring threads copy neighbouring chunks of a row, and go down the rows. `first`: the first row in the first of
-// the `planes` that exist.
-template <int kBytes, class T>
+// the `planes` that exist. What is copied through registers (less than four bytes) is loaded kTogether at once.
+template <int kBytes, int kTogether, class T>
 __device__ __forceinline__ void CopyRows(const PlaneRows& m, const T* first, int planes, T* shared) {
   constexpr int kChunk = kBytes / sizeof(T);
   uint32_t row = threadIdx.x;
   uint32_t index = m.row_chunks.Take(row);
   if (row >= m.copied_rows) return;
-  const int rows = planes * m.rows;
+  const int rows = planes * m.rows, copied_rows = m.copied_rows, step = copied_rows * m.pitch;
   for (; index < m.row_chunks.value; index += blockDim.x) {
     uint32_t plane = row;
     int h = m.plane_rows.Take(plane);
-    const T* from = first + plane * m.grid.step.c + h * m.grid.step.h + index * kChunk;
+    int from = static_cast<int>(plane * m.grid.step.c + h * m.grid.step.h + index * kChunk);
     T* to = shared + m.left + row * m.pitch + index * kChunk;
-#pragma unroll 4
-    for (int i = row; i < rows; i += m.copied_rows) {
+#pragma unroll(kBytes < 4 ? 1 : 4)
+    for (int i = row; i < rows; i += kTogether * copied_rows) {
+      T values[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (i + u * copied_rows < rows) {
+          if constexpr (kBytes < 4) {
+            values[u] = first[from];
+          } else {
+            CopyAsync<kBytes>(to + u * step, first + from);
+          }
+        }
+        from += m.step;
+        h += m.further_rows;
+        if (h >= m.rows) {
+          h -= m.rows;
+          from += m.next_row;
+        }
+      }
       if constexpr (kBytes < 4) {
-        *to = *from;
-      } else {
-        CopyAsync<kBytes>(to, from);
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+          if (i + u * copied_rows < rows) to[u * step] = values[u];
+        }
       }
-      to += m.copied_rows * m.pitch;
-      from += m.step;
-      h += m.further_rows;
-      if (h >= m.rows) {
-        h -= m.rows;
-        from += m.next_row;
-      }
+      to += kTogether * step;
     }
   }
 }
 
-template <class T>
+template <int kTogether, class T>
 __device__ __forceinline__ void CopyRows(const PlaneRows& m, const T* first, int planes, T* shared) {
-  if (m.chunk == 16) return CopyRows<16>(m, first, planes, shared);
-  if (m.chunk == 8) return CopyRows<8>(m, first, planes, shared);
-  if (m.chunk == 4) return CopyRows<4>(m, first, planes, shared);
-  if constexpr (sizeof(T) == 2) CopyRows<2>(m, first, planes, shared);
+  if (m.chunk == 16) return CopyRows<16, 1>(m, first, planes, shared);
+  if (m.chunk == 8) return CopyRows<8, 1>(m, first, planes, shared);
+  if (m.chunk == 4) return CopyRows<4, 1>(m, first, planes, shared);
+  if constexpr (sizeof(T) == 2) CopyRows<2, kTogether>(m, first, planes, shared);
 }
 
 // Elements one after the other, from any place in shared memory. Those of 16 bits come in words.
@@ -97,6 +109,8 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
 #if __CUDA_ARCH__ >= 800
   // Pairs are kept and taken: with stride 2, from a column before the first that is needed. An odd tile is a whole row.
   constexpr int kBefore = kS - 1, kKept = kK - 1, kPairs = (kTile + 1) / 2, kNew = (kTile * kS + 1) / 2 * 2;
+  constexpr int kAtOnce =
+      kTile == 7 ? 4 : 1;  // small planes often have rows of odd size; the others need the registers
   const int filter_row = threadIdx.x % kK;
   const int walker = threadIdx.x / kK % m.walkers, plane = threadIdx.x / kK / m.walkers;
   const TapBlock block = LocateTapBlock<1>(m);
@@ -121,9 +135,9 @@ __global__ void __launch_bounds__(kTapPlanesThreads, 1)
       const bool of_x = operand == 0;
       const PlaneRows& rows = of_x ? m.x : m.g;
       const Strides& step = rows.grid.step;
-      CopyRows(rows,
-               (of_x ? x : g) + image * step.n + block.first_channel * step.c + (of_x ? x_first : g_first) * step.h,
-               planes, of_x ? x_shared : g_shared);
+      CopyRows<kAtOnce>(
+          rows, (of_x ? x : g) + image * step.n + block.first_channel * step.c + (of_x ? x_first : g_first) * step.h,
+          planes, of_x ? x_shared : g_shared);
     }
     CommitCopies();
     WaitForCopies<0>();

@@ -13,9 +13,9 @@ namespace dwsconv::cuda {
 struct PlaneRows : RowsShape {
   Grid grid;
   Divisor plane_rows, row_chunks;
-  uint32_t copied_rows;    // that the threads of a block copy at once
-  int further_rows;        // of these, beyond whole planes
-  int64_t step, next_row;  // elements from a copied row to the next one of a thread; and across the end of a plane
+  uint32_t copied_rows;  // that the threads of a block copy at once
+  int further_rows;      // of these, beyond whole planes
+  int step, next_row;    // elements from a copied row to the next one of a thread; and across the end of a plane
 };
 
 // A block adds up pieces of g, of some rows, with the rows of x that they meet.
