@@ -210,8 +210,8 @@ struct TapRowsShape {
 };
 
 // The same in NCHW (tap_planes.cuh): a thread has one row of the filter for one of `planes` channels and one of the
-// `walkers` of this channel, which go along rows of g, several columns at once. A block adds up pieces of `rows` rows of
-// g; the sums come out in `splits` parts.
+// `walkers` of this channel, which go along rows of g, several columns at once. A block adds up pieces of `rows` rows
+// of g; the sums come out in `splits` parts.
 struct TapPlanesTile {
   int planes, walkers, rows, splits;
   int alignment;  // of x and g, in bytes

@@ -140,7 +140,7 @@ std::vector<GradFilterPlan> TapPlanesCandidates(const Problem& p, const Device& 
   };
   for (int planes : {1, 2, 4, 8, 16, 32}) {
     if (planes >= 2 * p.channels) break;
-    for (int walkers : {1, 2, 4, 7, 10, 14, 28}) {
+    for (int walkers : {1, 2, 4, 7, 8, 14, 16, 28}) {
       const int64_t threads = planes * walkers * p.kernel_h;
       if (threads < kFewestThreads || threads > kTapPlanesThreads) continue;
       int64_t last_rows = 0;
