@@ -20,9 +20,9 @@ bool LaunchFor(const PassCall& call, const MarchTile& tile) {
   const MarchPlanes m = Describe(call, tile);
   const uint32_t warps = (m.units + m.rows_per_warp - 1) / m.rows_per_warp, per_block = kMarchThreads / 32;
   const uint32_t blocks = (warps + per_block - 1) / per_block;
-#define DWSCONV_TRY(kK, kTile, kAhead)                                                     \
-  if (call.problem.kernel_h == kK && tile.columns == kTile && tile.ahead == kAhead) {      \
-    MarchPlanesKernel<T, kK, kTile, kAhead><<<blocks, kMarchThreads, 0, call.stream>>>(    \
+#define DWSCONV_TRY(kK, kTile)                                                             \
+  if (call.problem.kernel_h == kK && tile.columns == kTile) {                              \
+    MarchPlanesKernel<T, kK, kTile><<<blocks, kMarchThreads, 0, call.stream>>>(            \
         m, static_cast<const T*>(call.source), call.filter, static_cast<T*>(call.result)); \
     return true;                                                                           \
   }

@@ -1,11 +1,13 @@
 // The marching kernel for NCHW and stride 1: the lanes of a warp are neighbouring tiles of a row, so a tile comes with
-// one load, and the columns that it shares with its neighbours come from their lanes (column reuse). Otherwise as in
-// march.cuh.
+// one load, and the columns that it shares with its neighbours come from their lanes (column reuse). Rows come through
+// a ring in shared memory, in which each lane has places of its own: asynchronous copies can be waited for one by one,
+// as loads into registers cannot. Otherwise as in march.cuh.
 #ifndef JAX_DWSCONV_CUDA_MARCH_PLANES_CUH_
 #define JAX_DWSCONV_CUDA_MARCH_PLANES_CUH_
 
 #include "cuda/march.cuh"
 #include "cuda/march_planes.h"
+#include "cuda/tensor_core.cuh"
 
 namespace dwsconv::cuda {
 
@@ -28,7 +30,20 @@ __device__ __forceinline__ void ShareColumns(const float (&own)[kTile], int tile
   }
 }
 
-template <class T, int kK, int kTile, int kAhead>
+// A few neighbouring elements to shared memory, or zeros.
+template <class T, int kCount>
+__device__ __forceinline__ void CopyPacked(Packed<T, kCount>& to, const T* from, bool valid) {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(&to));
+  if constexpr (kBytes <= 8) {
+    CopyAsync<kBytes>(shared, from, valid ? kBytes : 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 16) CopyAsync16(shared + i, from + i / sizeof(T), valid, true);
+  }
+}
+
+template <class T, int kK, int kTile>
 __global__ void __launch_bounds__(kMarchThreads)
     MarchPlanesKernel(const __grid_constant__ MarchPlanes m, const T* __restrict__ source,
                       const void* __restrict__ filter, T* __restrict__ result) {
@@ -53,17 +68,15 @@ __global__ void __launch_bounds__(kMarchThreads)
   T* out = result + t.image * m.march.result.step.n + t.channel * m.march.result.step.c +
            first_out * m.march.result.step.h + tile * kTile;
 
-  Packed<T, kTile> ahead[kAhead];
-  const auto load = [&](int step) {
-    Packed<T, kTile> loaded{};
+  __shared__ Packed<T, kTile> ring[kRingRows][kMarchThreads];  // each lane has places of its own
+  const auto copy = [&](int step) {
     const int row = begin + step;
-    if (active && row < end && static_cast<unsigned>(row) < static_cast<unsigned>(m.march.source.h)) {
-      loaded = *reinterpret_cast<const Packed<T, kTile>*>(from + step * static_cast<int>(m.march.source.step.h));
-    }
-    return loaded;
+    const bool valid = active && row < end && static_cast<unsigned>(row) < static_cast<unsigned>(m.march.source.h);
+    CopyPacked(ring[static_cast<uint32_t>(step) % kRingRows][threadIdx.x], from, valid);
+    from += m.march.source.step.h;
+    CommitCopies();
   };
-#pragma unroll
-  for (int a = 0; a < kAhead; ++a) ahead[a] = load(a);
+  for (int step = 0; step < kRingRows - 1; ++step) copy(step);
   float taps[kK][kK][1];
   LoadFilter<T>(m.march, t.image, t.channel, filter, taps);
   ScaleTaps(m.march.epilogue, t.channel, taps);
@@ -72,32 +85,29 @@ __global__ void __launch_bounds__(kMarchThreads)
 
   float sums[kK][kTile][1] = {};
   Start(bias, sums[0]);
-  for (int step = 0; step < steps;) {
+  for (int step = 0; step < steps; ++step) {
+    copy(step + kRingRows - 1);  // to where the last row was
+    WaitForCopies<kRingRows - 1>();
+    float own[kTile], in[kColumns][1];
+    ring[static_cast<uint32_t>(step) % kRingRows][threadIdx.x].Unpack(own);
+    ShareColumns<kK>(own, tile, tiles, in);
+    AddTaps<1>(in, taps[kK - 1], sums[kK - 1]);
+    if (step >= kK - 1) {
+      if (active && begin + step < end) {
+        float done[1][kTile];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u, ++step) {
-      if (step >= steps) break;
-      float own[kTile], in[kColumns][1];
-      ahead[u].Unpack(own);
-      ahead[u] = load(step + kAhead);
-      ShareColumns<kK>(own, tile, tiles, in);
-      AddTaps<1>(in, taps[kK - 1], sums[kK - 1]);
-      if (step >= kK - 1) {
-        if (active && begin + step < end) {
-          float done[1][kTile];
-#pragma unroll
-          for (int b = 0; b < kTile; ++b) done[0][b] = sums[kK - 1][b][0];
-          Finish<T>(m.march.epilogue, [](int) { return true; }, [&](int) { return out - result; }, done);
-          StoreVector(out, done[0]);
-        }
-        out += m.march.result.step.h;
+        for (int b = 0; b < kTile; ++b) done[0][b] = sums[kK - 1][b][0];
+        Finish<T>(m.march.epilogue, [](int) { return true; }, [&](int) { return out - result; }, done);
+        StoreVector(out, done[0]);
       }
-#pragma unroll
-      for (int i = kK - 2; i >= 0; --i) {
-        Copy(sums[i], sums[i + 1]);
-        AddTaps<1>(in, taps[i], sums[i + 1]);
-      }
-      Start(bias, sums[0]);
+      out += m.march.result.step.h;
     }
+#pragma unroll
+    for (int i = kK - 2; i >= 0; --i) {
+      Copy(sums[i], sums[i + 1]);
+      AddTaps<1>(in, taps[i], sums[i + 1]);
+    }
+    Start(bias, sums[0]);
   }
 }
 

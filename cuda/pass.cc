@@ -7,6 +7,7 @@
 #include "cuda/slide.h"
 #include "cuda/staged.h"
 #include "cuda/toeplitz.h"
+#include "cuda/toeplitz_planes.h"
 
 namespace dwsconv::cuda {
 namespace {
@@ -19,6 +20,7 @@ PassCall TurnedCall(PassCall call) {
 bool LaunchPlanned(const PassCall& call, const PassPlan& plan) {
   switch (plan.kernel) {
     case PassPlan::Kernel::kToeplitz: return LaunchToeplitz(call, plan.toeplitz);
+    case PassPlan::Kernel::kToeplitzPlanes: return LaunchToeplitzPlanes(call, plan.toeplitz_planes);
     case PassPlan::Kernel::kMarch: return LaunchMarch(plan.turned ? TurnedCall(call) : call, plan.march);
     case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march);
     case PassPlan::Kernel::kStaged: return LaunchStaged(call, plan.staged);

@@ -59,11 +59,30 @@ constexpr bool HasMarchInstance(bool one_type, bool source_is_float, int stride,
   return (one_type || usual) && (stride == 1 || kernel_h == kernel_w) && !too_large;
 }
 
-// The (kernel size, columns, ahead) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
+// The NCHW kernels of stride 1 (march_planes.cuh, toeplitz_planes.cuh) have this many rows of the source in shared
+// memory at a time: one that is in use, the others on their way.
+constexpr int kRingRows = 8;
+
+// The (kernel size, columns) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
+#define DWSCONV_MARCH_PLANES_TILES(M) M(3, 4) M(3, 2) M(3, 8) M(5, 4) M(5, 2) M(7, 4) M(7, 2)
+
+// forward, and grad_input of stride 1, of 16-bit types in NCHW on tensor cores (toeplitz_planes.cuh): a warp has 16
+// marchers, each kColumns wide, in strips of `rows` rows of the result. It loads `access` neighbouring pixels at once
+// (1: pairs of any alignment). `kernel_size` is that of the instance, the filter may have fewer rows and columns.
+struct ToeplitzPlanesTile {
+  static constexpr int kColumns = 8, kMarchers = 16, kPixels = 16;  // kPixels: read for kColumns results
+  int kernel_size, access, rows;
+};
+
+// The (kernel_size, access) that are compiled.
 // clang-format off
-#define DWSCONV_MARCH_PLANES_TILES(M) \
-  M(3, 4, 4) M(3, 2, 4) M(3, 8, 2) M(5, 4, 4) M(5, 4, 2) M(5, 2, 4) M(7, 4, 2) M(7, 2, 4)
+#define DWSCONV_TOEPLITZ_PLANES_TILES(M) M(3, 4) M(3, 2) M(3, 1) M(5, 4) M(5, 2) M(5, 1) M(7, 4) M(7, 2) M(7, 1)
 // clang-format on
+
+// How many columns before its first result a tile begins to read: at least the padding, and a multiple of `access`.
+constexpr int ToeplitzPlanesMargin(int pad_left, int access) {
+  return (pad_left >= 0 ? pad_left + access - 1 : pad_left) / access * access;
+}
 
 // forward and grad_input of small problems (burst.cuh): a thread has `vector` channels of a tile of `columns` times
 // `rows` results (in the input gradient of stride 2: pairs of rows and columns), and loads all that it needs at once.
@@ -141,6 +160,7 @@ struct PassPlan {
     kMarch,
     kMarchPlanes,
     kToeplitz,
+    kToeplitzPlanes,
     kStaged,
     kBurst,
     kSlide,
@@ -150,6 +170,7 @@ struct PassPlan {
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
   ToeplitzTile toeplitz{};
+  ToeplitzPlanesTile toeplitz_planes{};
   StagedTile staged{};
   BurstTile burst{};
   SlideTile slide{};

@@ -22,7 +22,7 @@ constexpr MarchInstance kMarchInstances[] = {
 };
 
 constexpr MarchInstance kMarchPlanesInstances[] = {
-#define DWSCONV_TILE(kernel_size, columns, ahead) {kernel_size, kernel_size, {1, columns, ahead, 0}},
+#define DWSCONV_TILE(kernel_size, columns) {kernel_size, kernel_size, {1, columns, 0, 0}},
     DWSCONV_MARCH_PLANES_TILES(DWSCONV_TILE)
 #undef DWSCONV_TILE
 };
@@ -36,6 +36,12 @@ constexpr ToeplitzTile kToeplitzBlocks[] = {
 #define DWSCONV_BLOCK(kernel_size, channels) {kernel_size, channels, 0, 0},
     DWSCONV_TOEPLITZ_BLOCKS(DWSCONV_BLOCK)
 #undef DWSCONV_BLOCK
+};
+
+constexpr ToeplitzPlanesTile kToeplitzPlanesInstances[] = {
+#define DWSCONV_TILE(kernel_size, access) {kernel_size, access, 0},
+    DWSCONV_TOEPLITZ_PLANES_TILES(DWSCONV_TILE)
+#undef DWSCONV_TILE
 };
 
 // What a pass reads and writes: x and y for forward, the reverse for grad_input.
@@ -244,25 +250,30 @@ bool MarchPlanesApply(const Problem& p, bool forward) {
 // Estimated time in cycles, fitted like EstimateMarch.
 double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
-  const double k = m.kernel_h, t = tile.columns;
-  const double tiles = p.in_w / tile.columns, rows_per_warp = std::floor(32 / tiles);
+  const double k = m.kernel_h, t = tile.columns, bytes = m.source_bytes;
+  const double rows_per_warp = std::floor(32 * t / p.in_w), warps_per_block = kThreads / 32;
   const double units = double(p.batch) * p.channels * CeilDiv(m.rows, tile.rows);
-  const double blocks = std::ceil(units / rows_per_warp / 4);
-  const double registers = 18 + k * k + k * t + 2 * (t + k) + tile.ahead * t * m.source_bytes / 4.0;
-  const double resident =
-      std::clamp(std::floor(kRegisters / (kThreads * std::min(registers, 255.0))), 1.0, kMostBlocks);
+  const double blocks = std::ceil(units / rows_per_warp / warps_per_block);
+  const double registers = std::min(28 + k * k + k * t + 2 * t, 255.0);
+  const double shared = kRingRows * kThreads * t * bytes + 1024;
+  const double resident = std::clamp(
+      std::floor(std::min(kRegisters / (kThreads * registers), device.shared_memory / shared)), 1.0, kMostBlocks);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 4) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
   const double source_rows = tile.rows + k - 1;
-  const double instructions = 546 + 2.4 * k * k + source_rows * (0.615 * k * k * t + 10.5 * (k - 1) + 194);
-  const double latency = 525 + source_rows * 1790 / tile.ahead + 0.65 * instructions;
-  const double compute = waves * std::max(0.342 * instructions * active, latency);
-  const double traffic = m.source_elements * (1 + 0.645 * (k - 1) / tile.rows) + m.result_elements;
-  const double strip_kilobytes = double(tile.rows) * m.columns * m.result_bytes / 1024;
-  const double tall = 1 + 0.051 * strip_kilobytes;  // measured; the reason is not known
-  const double memory = traffic * m.source_bytes * tall / (15.3 * device.multiprocessors);
-  return std::max(compute, memory) + 0.2 * std::min(compute, memory);
+  const double instructions = 323 + 6.24 * k * k + source_rows * (3.85 * k * k * t + 3.11 * (k - 1) + 182 + 0.181 * t);
+  const double latency = 15.9 + source_rows / kRingRows * 740 + 0.301 * instructions;
+  const double wide = t * bytes > 16 ? 1.109 : 1;  // lanes that are two transactions apart
+  const double compute = wide * waves * std::max(0.241 * instructions * active, latency);
+  // The larger the part of the tensor that is read at a time, the less memory delivers: strips at different heights of
+  // many planes open many of its pages.
+  const double megabytes =
+      active * device.multiprocessors * warps_per_block * rows_per_warp * tile.rows * m.columns * bytes / 1e6;
+  const double spread = 1 + 0.575 * megabytes / (megabytes + 20);
+  const double traffic = m.source_elements * (1 + 0.452 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = wide * spread * traffic * bytes / (20.4 * device.multiprocessors);
+  return 3280 + std::max(compute, memory) + 0.479 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -280,6 +291,64 @@ void VisitMarchPlanes(const Problem& p, bool forward, const Device& device, int6
       const double cycles = EstimateMarchPlanes(p, m, tile, device);
       PassPlan plan = PlanFor(PassPlan::Kernel::kMarchPlanes, cycles);
       plan.march = tile;
+      visit(plan);
+    });
+  }
+}
+
+bool ToeplitzPlanesApply(const Problem& p, const Device& device, int64_t alignment) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool half_types =
+      (p.x_dtype == Dtype::kBF16 || p.x_dtype == Dtype::kF16) && p.filter_dtype == p.x_dtype && p.y_dtype == p.x_dtype;
+  const bool plain = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  const bool sizes_fit = p.x.n <= kMost && p.y.n <= kMost && p.x_elements() < kMost && p.y_elements() < kMost &&
+                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
+  return device.capability >= 80 && !p.channels_last && p.multiplier == 1 && p.groups == 1 && half_types && plain &&
+         sizes_fit && alignment % 4 == 0;
+}
+
+// Estimated time in cycles, fitted like EstimateMarch.
+double EstimateToeplitzPlanes(const Problem& p, const Sizes& m, const ToeplitzPlanesTile& tile, const Device& device) {
+  constexpr double kRegisters = 65536, kMostBlocks = 16, kThreads = 128;
+  const double k = tile.kernel_size;
+  const double units = double(p.batch) * CeilDiv(m.columns, ToeplitzPlanesTile::kColumns) * CeilDiv(m.rows, tile.rows);
+  const double blocks = std::ceil(p.channels * std::ceil(units / ToeplitzPlanesTile::kMarchers) / (kThreads / 32));
+  const double shared = kRingRows * kThreads * (tile.access == 1 ? 32 : 16) + 1024;
+  const double resident = std::clamp(
+      std::floor(std::min(kRegisters / (kThreads * (54 + 7.5 * k)), device.shared_memory / shared)), 1.0, kMostBlocks);
+  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
+  if (waves < 4) waves = std::ceil(waves);
+  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double source_rows = tile.rows + k - 1;
+  const double copies = tile.access == 4 ? 0 : tile.access == 2 ? 1 : 4.05;
+  const double instructions = 19 + source_rows * (100 + 2.7 * k + 74.6 * copies);
+  const double latency = 45.3 + source_rows / kRingRows * 1180 + 0.941 * instructions;
+  const double compute = waves * std::max(0.876 * instructions * active, latency);
+  const double traffic = m.source_elements * (1 + 3.65 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = traffic * m.source_bytes / (24.8 * device.multiprocessors);
+  return 4340 + std::max(compute, memory) + 0.84 * std::min(compute, memory);
+}
+
+template <class Visit>
+void VisitToeplitzPlanes(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
+  if (!ToeplitzPlanesApply(p, device, alignment)) return;
+  const Sizes m(p, forward);
+  const int64_t source_w = forward ? p.in_w : p.out_w, pad_left = forward ? p.pad_left : p.kernel_w - 1 - p.pad_left;
+  for (const ToeplitzPlanesTile& instance : kToeplitzPlanesInstances) {
+    ToeplitzPlanesTile tile = instance;
+    const int64_t margin = ToeplitzPlanesMargin(static_cast<int>(pad_left), tile.access);
+    const int64_t reads = margin - pad_left + ToeplitzPlanesTile::kColumns + p.kernel_w - 1;
+    const int64_t together = tile.access * m.source_bytes;
+    const bool smallest =
+        tile.kernel_size >= p.kernel_h && (tile.kernel_size == 3 || tile.kernel_size < p.kernel_h + 2);
+    const bool rows_fit = source_w % tile.access == 0 && (tile.access == 1 || m.columns % 2 == 0);
+    if (!smallest || !rows_fit || reads > ToeplitzPlanesTile::kPixels ||
+        alignment % std::max<int64_t>(4, together) != 0)
+      continue;
+    ForStripRows(m.rows, [&](int rows) {
+      tile.rows = rows;
+      PassPlan plan = PlanFor(PassPlan::Kernel::kToeplitzPlanes, EstimateToeplitzPlanes(p, m, tile, device));
+      plan.toeplitz_planes = tile;
       visit(plan);
     });
   }
@@ -495,6 +564,7 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
   VisitMarch(p, forward, device, alignment, visit);
   VisitMarchPlanes(p, forward, device, alignment, visit);
   VisitToeplitz(p, forward, device, alignment, visit);
+  VisitToeplitzPlanes(p, forward, device, alignment, visit);
   VisitBurst(p, forward, device, alignment, visit);
   for (const PassPlan& plan : StagedCandidates(p, forward, device, alignment)) visit(plan);
   VisitSlide(p, forward, device, alignment, visit);
@@ -512,8 +582,12 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
 std::string PassPlan::Text() const {
   switch (kernel) {
     case Kernel::kMarch: return "march:" + Join({march.vector, march.columns, march.ahead, march.rows});
-    case Kernel::kMarchPlanes: return "march_planes:" + Join({march.columns, march.ahead, march.rows});
+    case Kernel::kMarchPlanes: return "march_planes:" + Join({march.columns, march.rows});
     case Kernel::kToeplitz: return "toeplitz:" + Join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
+    case Kernel::kToeplitzPlanes: {
+      const ToeplitzPlanesTile& t = toeplitz_planes;
+      return "toeplitz_planes:" + Join({t.access, t.rows});
+    }
     case Kernel::kStaged: {
       const StagedTile& t = staged;
       return "staged:" + Join({t.vector, t.columns, t.rows, t.lanes, t.across, t.down});

@@ -1,4 +1,5 @@
-// The instructions that C++ has no names for: asynchronous copies and matrix products (sm_80 and newer).
+// The instructions that C++ has no names for: asynchronous copies and matrix products (sm_80 and newer; older ones copy
+// through registers).
 #ifndef JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
 #define JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
 
@@ -9,20 +10,38 @@ namespace dwsconv::cuda {
 
 // 16 bytes from global to shared memory, or zeros; nothing where not `wanted`.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid, bool wanted) {
+#if __CUDA_ARCH__ >= 800
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(shared),
                "l"(global), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted))
                : "memory");
+#else
+  if (!wanted) return;
+  const uint4 words = valid ? *static_cast<const uint4*>(global) : uint4{};
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+#endif
 }
 
-// 4, 8 or 16 bytes.
+// kBytes (4, 8 or 16), of which the first `count` come from global memory; zeros after them.
 template <int kBytes>
-__device__ __forceinline__ void CopyAsync(void* shared, const void* global) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+__device__ __forceinline__ void CopyAsync(void* shared, const void* global, int count = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+#if __CUDA_ARCH__ >= 800
   if constexpr (kBytes == 16) {  // not through the L1 cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(count) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(count)
+                 : "memory");
   }
+#else
+#pragma unroll
+  for (int i = 0; i < kBytes; i += 4) {  // the callers that run here copy everything or nothing
+    const uint32_t word = i < count ? static_cast<const uint32_t*>(global)[i / 4] : 0;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + i), "r"(word) : "memory");
+  }
+#endif
 }
 
 // 16 bytes of shared memory; undefined where not `wanted`.
@@ -35,12 +54,18 @@ __device__ __forceinline__ Words<4> LoadShared16(uint32_t shared, bool wanted) {
   return words;
 }
 
-__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void CommitCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
 // Until at most kPending of the committed groups of this thread are under way.
 template <int kPending>
 __device__ __forceinline__ void WaitForCopies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 
 // The low or the high halves of two words.

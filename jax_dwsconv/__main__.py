@@ -106,8 +106,8 @@ def plan(options: argparse.Namespace) -> int:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     print(f"{options.operator} on {options.device} ({device.multiprocessors} multiprocessors): {chosen.text}")
-    print("march: vector x columns x rows ahead x strip rows; march_planes: columns x rows ahead x strip rows;")
-    print("toeplitz: channels x marchers side by side x strip rows;")
+    print("march: vector x columns x rows ahead x strip rows; march_planes: columns x strip rows;")
+    print("toeplitz: channels x marchers side by side x strip rows; toeplitz_planes: pixels at once x strip rows;")
     print("tap_sums: vector x columns x strip rows x lanes x splits;")
     print("tap_rows: lanes x walkers x rows x columns x splits; tap_planes: planes x walkers x rows x splits;")
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")

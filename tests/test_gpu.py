@@ -88,6 +88,25 @@ TILED = [
         padding=((-1, 7), (6, -2)),
         dtypes=("bfloat16",) * 3,
     ),
+    Case(size=(13, 20), channels=6, layout="NCHW", dtypes=("bfloat16",) * 3),
+    Case(
+        batch=9,
+        size=(14, 14),
+        channels=6,
+        kernel_size=(6, 5),
+        padding=((2, 3), (2, 2)),
+        layout="NCHW",
+        dtypes=("float16",) * 3,
+    ),
+    Case(
+        batch=5,
+        size=(10, 22),
+        channels=5,
+        kernel_size=(7, 7),
+        padding=((3, -1), (0, 4)),
+        layout="NCHW",
+        dtypes=("bfloat16",) * 3,
+    ),
     Case(size=(15, 30), channels=24, strides=(2, 2), kernel_size=(5, 5), padding=((1, 2), (1, 2))),
     Case(size=(16, 30), channels=24, strides=(2, 2), padding=((0, 1), (0, 1)), dtypes=("bfloat16",) * 3),
     Case(batch=3, size=(11, 23), channels=40, strides=(2, 2), kernel_size=(7, 7), padding=((3, 3), (2, 3))),
@@ -146,6 +165,31 @@ def test_every_kind_of_tile(case, operator, monkeypatch):
         result = jax.jit(functools.partial(numerics.run, case, operator))(*operands)
         numerics.check_result(case, operator, *(np.asarray(a) for a in operands), result)
         assert _native_module().last_forced_plan() == tile
+
+
+@pytest.mark.parametrize("width", [20, 18, 21])
+@pytest.mark.parametrize(("layout", "kernel"), [("NHWC", "toeplitz:"), ("NCHW", "toeplitz_planes:")])
+@pytest.mark.parametrize("operator", ["forward", "grad_input"])
+def test_non_finite_stays_local_on_tensor_cores(operator, layout, kernel, width, monkeypatch):
+    """There it meets the zeros between the bands of a matrix, too."""
+    case = Case(
+        batch=3,
+        size=(9, width),
+        channels=16,
+        kernel_size=(5, 5),
+        padding=((2, 2), (2, 2)),
+        layout=layout,
+        dtypes=("bfloat16",) * 3,
+    )
+    operand, filters = case.operands(operator)
+    for position, value in (((0, 0, 0, 0), np.inf), ((1, -1, -1, -1), -np.inf), ((2, 2, 3, 1), np.nan)):
+        operand[position] = value
+    tiles = [tile for tile in _tiles(case, operator) if tile.startswith(kernel)]
+    assert tiles
+    for tile in tiles[:: len(tiles) // 4 + 1]:
+        monkeypatch.setenv("JAX_DWSCONV_TILE", tile)
+        result = jax.jit(functools.partial(numerics.run, case, operator))(jnp.asarray(operand), jnp.asarray(filters))
+        numerics.check_result(case, operator, operand, filters, result)
 
 
 @pytest.mark.parametrize("case", [case for case in TILED if case.multiplier == 1], ids=str)

@@ -100,6 +100,17 @@ def test_planes_of_channels_from_shared_memory():
     assert all(walkers <= rows < 512 and planes * walkers * 7 <= 512 for planes, walkers, rows, _ in tiles)
 
 
+@pytest.mark.parametrize(("width", "access"), [(28, 4), (14, 2), (7, 1)])
+def test_toeplitz_planes_load_as_rows_are_aligned(width, access):
+    """On tensor cores in NCHW: a row begins where the row before it ends, at any even address."""
+    for device, dtype in (("h100", "bfloat16"), ("h100", "float32"), ("rtx2080ti", "bfloat16")):
+        _, candidates = _planning.plan(
+            "forward", (64, 28, width, 64), (7, 7), layout="NCHW", dtype=dtype, device=DEVICES[device]
+        )
+        found = {_numbers(c.text)[0] for c in candidates if c.text.startswith("toeplitz_planes")}
+        assert (max(found) == access) if (device, dtype) == ("h100", "bfloat16") else not found
+
+
 def test_vectors_divide_the_channels():
     for operator in ("forward", "grad_input", "grad_filter"):
         _, candidates = _planning.plan(operator, **PROBLEMS["odd"], dtype="float32")
