@@ -5,6 +5,7 @@
 #include "cuda/march.h"
 #include "cuda/march_planes.h"
 #include "cuda/slide.h"
+#include "cuda/small_planes.h"
 #include "cuda/staged.h"
 #include "cuda/toeplitz.h"
 #include "cuda/toeplitz_planes.h"
@@ -21,6 +22,7 @@ bool LaunchPlanned(const PassCall& call, const PassPlan& plan) {
   switch (plan.kernel) {
     case PassPlan::Kernel::kToeplitz: return LaunchToeplitz(call, plan.toeplitz);
     case PassPlan::Kernel::kToeplitzPlanes: return LaunchToeplitzPlanes(call, plan.toeplitz_planes);
+    case PassPlan::Kernel::kSmallPlanes: return LaunchSmallPlanes(call, plan.small_planes);
     case PassPlan::Kernel::kMarch: return LaunchMarch(plan.turned ? TurnedCall(call) : call, plan.march);
     case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march);
     case PassPlan::Kernel::kStaged: return LaunchStaged(call, plan.staged);

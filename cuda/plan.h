@@ -84,6 +84,30 @@ constexpr int ToeplitzPlanesMargin(int pad_left, int access) {
   return (pad_left >= 0 ? pad_left + access - 1 : pad_left) / access * access;
 }
 
+// forward and grad_input of stride 1 in NCHW where a plane is small (small_planes.cuh): a thread has `columns` columns
+// of a plane, a block `warps` warps with as many planes of neighbouring channels as they hold, of `images` images.
+struct SmallPlanesTile {
+  int columns, warps, images;
+};
+
+constexpr int kSmallPlanesThreads = 128;  // at most
+
+// The (kernel size, columns) that are compiled.
+#define DWSCONV_SMALL_PLANES_TILES(M) M(3, 4) M(3, 7) M(5, 4) M(5, 7) M(7, 4) M(7, 7)
+
+// What a block has of an image.
+struct SmallPlanesShape {
+  SmallPlanesShape(const Problem& p, const SmallPlanesTile& tile);
+
+  int tiles;  // of a row
+  int planes_per_warp, planes;
+  int plane_bytes, buffer_bytes;
+  int bytes;  // of shared memory
+};
+
+// How many bytes can be copied at once; fewer than four where the kernel does not apply.
+int SmallPlanesChunk(const Problem& p, const SmallPlanesShape& shape, int64_t alignment);
+
 // forward and grad_input of small problems (burst.cuh): a thread has `vector` channels of a tile of `columns` times
 // `rows` results (in the input gradient of stride 2: pairs of rows and columns), and loads all that it needs at once.
 struct BurstTile {
@@ -161,6 +185,7 @@ struct PassPlan {
     kMarchPlanes,
     kToeplitz,
     kToeplitzPlanes,
+    kSmallPlanes,
     kStaged,
     kBurst,
     kSlide,
@@ -171,6 +196,7 @@ struct PassPlan {
   MarchTile march{};
   ToeplitzTile toeplitz{};
   ToeplitzPlanesTile toeplitz_planes{};
+  SmallPlanesTile small_planes{};
   StagedTile staged{};
   BurstTile burst{};
   SlideTile slide{};

@@ -47,8 +47,9 @@ void ForStripRows(int64_t rows, const Visit& visit) {
   }
 }
 
-// The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc).
+// The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc, plan_small_planes.cc).
 std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
+std::vector<PassPlan> SmallPlanesCandidates(const Problem& p, const Device& device, int64_t alignment);
 
 // The same for GradFilterCandidates (plan_tap_rows.cc, plan_tap_planes.cc).
 std::vector<GradFilterPlan> TapRowsCandidates(const Problem& p, const Device& device, int64_t alignment,

@@ -567,6 +567,7 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
   VisitToeplitzPlanes(p, forward, device, alignment, visit);
   VisitBurst(p, forward, device, alignment, visit);
   for (const PassPlan& plan : StagedCandidates(p, forward, device, alignment)) visit(plan);
+  for (const PassPlan& plan : SmallPlanesCandidates(p, device, alignment)) visit(plan);
   VisitSlide(p, forward, device, alignment, visit);
   VisitLines(p, forward, device, alignment, visit);
   if (CanTurn(p)) {
@@ -588,6 +589,8 @@ std::string PassPlan::Text() const {
       const ToeplitzPlanesTile& t = toeplitz_planes;
       return "toeplitz_planes:" + Join({t.access, t.rows});
     }
+    case Kernel::kSmallPlanes:
+      return "small_planes:" + Join({small_planes.columns, small_planes.warps, small_planes.images});
     case Kernel::kStaged: {
       const StagedTile& t = staged;
       return "staged:" + Join({t.vector, t.columns, t.rows, t.lanes, t.across, t.down});

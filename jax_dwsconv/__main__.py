@@ -112,6 +112,7 @@ def plan(options: argparse.Namespace) -> int:
     print("tap_rows: lanes x walkers x rows x columns x splits; tap_planes: planes x walkers x rows x splits;")
     print("tap_products: sets x chunks of 8 channels x walkers x columns x strip rows x images x splits;")
     print("staged: vector x columns x rows, of a block lanes x tiles across x down;")
+    print("small_planes: columns x warps x images;")
     print("burst: vector x columns x rows; slide: vector x the axis along which it slides; lines has no choice;")
     print("quantized: columns x rows ahead x strip rows; quantized_burst: columns x rows;")
     print("gather and pieces are the general kernels.")

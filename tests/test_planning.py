@@ -111,6 +111,14 @@ def test_toeplitz_planes_load_as_rows_are_aligned(width, access):
         assert (max(found) == access) if (device, dtype) == ("h100", "bfloat16") else not found
 
 
+def test_small_planes_are_copied_in_whole_words():
+    """Those of some neighbouring channels together, whatever the size of one."""
+    for channels, dtype, found in ((64, "float32", True), (64, "bfloat16", True), (63, "bfloat16", False)):
+        chosen, candidates = _planning.plan("forward", (64, 7, 7, channels), (5, 5), layout="NCHW", dtype=dtype)
+        assert chosen.text.startswith("small_planes") == found
+        assert any(candidate.text.startswith("small_planes") for candidate in candidates) == found
+
+
 def test_vectors_divide_the_channels():
     for operator in ("forward", "grad_input", "grad_filter"):
         _, candidates = _planning.plan(operator, **PROBLEMS["odd"], dtype="float32")
