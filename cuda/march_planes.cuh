@@ -33,13 +33,10 @@ __device__ __forceinline__ void ShareColumns(const float (&own)[kTile], int tile
 // A few neighbouring elements to shared memory, or zeros.
 template <class T, int kCount>
 __device__ __forceinline__ void CopyPacked(Packed<T, kCount>& to, const T* from, bool valid) {
-  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(&to));
-  if constexpr (kBytes <= 8) {
-    CopyAsync<kBytes>(shared, from, valid ? kBytes : 0);
-  } else {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(T)), kEach = kBytes < 16 ? kBytes : 16;
 #pragma unroll
-    for (int i = 0; i < kBytes; i += 16) CopyAsync16(shared + i, from + i / sizeof(T), valid, true);
+  for (int i = 0; i < kBytes; i += kEach) {
+    CopyAsync<kEach>(reinterpret_cast<char*>(&to) + i, from + i / sizeof(T), valid ? kEach : 0);
   }
 }
 

@@ -42,10 +42,10 @@ double EstimateTapPlanes(const Problem& p, const TapPlanesTile& tile, bool one_l
   };
   const double copies = copied(shape.x, p.in_w) + copied(shape.g, p.out_w);
   const double x_loads = columns * stride * bytes / 4, g_loads = columns / 2, converted = columns * (1 + stride);
-  const double stretch = 2.4 + (p.out_w % shape.columns != 0 ? columns : 0) + 0.98 * columns * k +
-                         0.14 * (x_loads + g_loads) + (bytes == 2 ? 0.44 * converted : 0);
+  const double stretch = 1 + (p.out_w % shape.columns != 0 ? 1.49 * columns : 0) + 0.866 * columns * k +
+                         (bytes == 2 ? 1.69 * converted : 0);
   const double rows = CeilDiv(tile.rows, tile.walkers), stretches = CeilDiv(p.out_w, shape.columns);
-  const double instructions = rows * (64 + stretches * stretch) + 30 * copies;
+  const double instructions = rows * (64 + stretches * stretch) + 19.7 * copies;
   const double together = std::min<double>(tile.walkers, CeilDiv(32, p.kernel_h));  // rows of g that a warp reads
   const double transactions =
       rows * stretches *
@@ -59,15 +59,15 @@ double EstimateTapPlanes(const Problem& p, const TapPlanesTile& tile, bool one_l
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 3) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
-  const double latency = 2000 + 47 * copies + 3.9 * instructions;
-  const double piece = std::max({0.153 * warps * instructions * active, 0.81 * warps * transactions * active, latency});
-  const double compute = waves * (std::ceil(pieces / tile.splits) * piece + 1570 + 4.8 * tile.walkers * k);
+  const double latency = 2790 + 6.5 * copies + 3.9 * instructions;
+  const double piece = std::max({0.144 * warps * instructions * active, 1.54 * warps * transactions * active, latency});
+  const double compute = waves * (std::ceil(pieces / tile.splits) * piece + 653 + 12.3 * tile.walkers * k);
 
-  const double memory = bytes * (p.x_elements() + p.y_elements()) / (10.4 * device.multiprocessors);
-  const double end = !one_launch       ? 4950 + 3.5 * tile.splits * p.filter_elements() / device.multiprocessors
-                     : tile.splits > 1 ? 2000
+  const double memory = bytes * (p.x_elements() + p.y_elements()) / (14.5 * device.multiprocessors);
+  const double end = !one_launch       ? 5220 + 2.86 * tile.splits * p.filter_elements() / device.multiprocessors
+                     : tile.splits > 1 ? 2830
                                        : 0;
-  return 1500 + end + std::max(compute, memory) + 0.7 * std::min(compute, memory);
+  return 1070 + end + std::max(compute, memory) + 0.473 * std::min(compute, memory);
 }
 
 // The widest copies that rows and addresses are multiples of. Threads read in different rows, so they meet in fewest
@@ -129,12 +129,12 @@ std::vector<GradFilterPlan> TapPlanesCandidates(const Problem& p, const Device& 
     const int64_t most_splits = std::min(pieces, max_splits);
     const int64_t others = CeilDiv(p.channels, tile.planes) * p.groups;
     for (int64_t splits : {1, 2, 4, 8}) {
-      if (splits <= most_splits && OneLaunch(splits, device)) visit(tile, splits, true);
+      if (splits <= most_splits && OneLaunch(splits, others, device)) visit(tile, splits, true);
     }
     int64_t last = 0;
     for (int64_t blocks : {1, 2, 3, 4, 6}) {  // for every multiprocessor
       const int64_t splits = std::min(std::max<int64_t>(1, blocks * device.multiprocessors / others), most_splits);
-      if (splits != last && !OneLaunch(splits, device)) visit(tile, splits, false);
+      if (splits != last && !OneLaunch(splits, others, device)) visit(tile, splits, false);
       last = splits;
     }
   };

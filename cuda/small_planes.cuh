@@ -29,16 +29,10 @@ __device__ __forceinline__ void WithChunk(int chunk, const Function& function) {
 }
 
 __device__ __forceinline__ void CopyToShared(const void* from, char* to, int bytes, int chunk) {
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   WithChunk(chunk, [&](auto word) {
     using Word = decltype(word);
     ForEachWord<Word>(bytes, [&](int i) {
-      const Word* words = static_cast<const Word*>(from) + i;
-      if constexpr (sizeof(Word) == 16) {
-        CopyAsync16(shared + i * 16, words, true, true);
-      } else {
-        CopyAsync<sizeof(Word)>(shared + i * sizeof(Word), words);
-      }
+      CopyAsync<sizeof(Word)>(reinterpret_cast<Word*>(to) + i, static_cast<const Word*>(from) + i);
     });
   });
   CommitCopies();

@@ -1,5 +1,5 @@
-// The instructions that C++ has no names for: asynchronous copies and matrix products (sm_80 and newer; older ones copy
-// through registers).
+// The instructions that C++ has no names for: asynchronous copies and matrix products (sm_80 and newer). CopyAsync
+// copies through registers on older ones.
 #ifndef JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
 #define JAX_DWSCONV_CUDA_TENSOR_CORE_CUH_
 
@@ -10,17 +10,9 @@ namespace dwsconv::cuda {
 
 // 16 bytes from global to shared memory, or zeros; nothing where not `wanted`.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid, bool wanted) {
-#if __CUDA_ARCH__ >= 800
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(shared),
                "l"(global), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted))
                : "memory");
-#else
-  if (!wanted) return;
-  const uint4 words = valid ? *static_cast<const uint4*>(global) : uint4{};
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words.x), "r"(words.y), "r"(words.z),
-               "r"(words.w)
-               : "memory");
-#endif
 }
 
 // kBytes (4, 8 or 16), of which the first `count` come from global memory; zeros after them.

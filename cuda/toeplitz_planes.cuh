@@ -31,20 +31,19 @@ struct alignas(kAccess == 1 ? 16 : 8) PixelSlot {
 // odd rows as whatever they are.
 template <int kAccess, class T>
 __device__ __forceinline__ void CopyPixels(PixelSlot<kAccess>& slot, const T* from, int column, int width, bool row) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(&slot));
   if constexpr (kAccess == 1) {
     const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(from) / sizeof(T) % 2);
     column -= odd;
 #pragma unroll
     for (int i = 0; i < 3; ++i, column += 2) {
       const int count = row && column >= -1 ? min(width - column, 2) : 0;  // none beyond the row: it may be the last
-      CopyAsync<4>(to + 4 * i, from - odd + 2 * i, max(count, 0) * static_cast<int>(sizeof(T)));
+      CopyAsync<4>(slot.words + i, from - odd + 2 * i, max(count, 0) * static_cast<int>(sizeof(T)));
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; i += kAccess) {
       const bool inside = row && static_cast<unsigned>(column + i) < static_cast<unsigned>(width);
-      CopyAsync<kAccess * sizeof(T)>(to + i * sizeof(T), from + i, inside ? kAccess * sizeof(T) : 0);
+      CopyAsync<kAccess * sizeof(T)>(slot.words + i / 2, from + i, inside ? kAccess * sizeof(T) : 0);
     }
   }
 }
