@@ -262,18 +262,18 @@ double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& ti
   if (waves < 4) waves = std::ceil(waves);
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
   const double source_rows = tile.rows + k - 1;
-  const double instructions = 323 + 6.24 * k * k + source_rows * (3.85 * k * k * t + 3.11 * (k - 1) + 182 + 0.181 * t);
-  const double latency = 15.9 + source_rows / kRingRows * 740 + 0.301 * instructions;
-  const double wide = t * bytes > 16 ? 1.109 : 1;  // lanes that are two transactions apart
+  const double instructions = 340 + 17.8 * k * k + source_rows * (3.8 * k * k * t + 6.5 * (k - 1) + 174);
+  const double latency = 30 + source_rows / kRingRows * 790 + 0.302 * instructions;
+  const double wide = t * bytes > 16 ? 1.14 : 1;  // lanes that are two transactions apart
   const double compute = wide * waves * std::max(0.241 * instructions * active, latency);
   // The larger the part of the tensor that is read at a time, the less memory delivers: strips at different heights of
   // many planes open many of its pages.
   const double megabytes =
       active * device.multiprocessors * warps_per_block * rows_per_warp * tile.rows * m.columns * bytes / 1e6;
-  const double spread = 1 + 0.575 * megabytes / (megabytes + 20);
-  const double traffic = m.source_elements * (1 + 0.452 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = wide * spread * traffic * bytes / (20.4 * device.multiprocessors);
-  return 3280 + std::max(compute, memory) + 0.479 * std::min(compute, memory);
+  const double spread = 1 + 0.78 * megabytes / (megabytes + 36);
+  const double traffic = m.source_elements * (1 + 0.333 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = wide * spread * traffic * bytes / (20.7 * device.multiprocessors);
+  return 2850 + std::max(compute, memory) + 0.472 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -321,12 +321,12 @@ double EstimateToeplitzPlanes(const Problem& p, const Sizes& m, const ToeplitzPl
   const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
   const double source_rows = tile.rows + k - 1;
   const double copies = tile.access == 4 ? 0 : tile.access == 2 ? 1 : 4.05;
-  const double instructions = 19 + source_rows * (100 + 2.7 * k + 74.6 * copies);
-  const double latency = 45.3 + source_rows / kRingRows * 1180 + 0.941 * instructions;
-  const double compute = waves * std::max(0.876 * instructions * active, latency);
-  const double traffic = m.source_elements * (1 + 3.65 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = traffic * m.source_bytes / (24.8 * device.multiprocessors);
-  return 4340 + std::max(compute, memory) + 0.84 * std::min(compute, memory);
+  const double instructions = 39 + source_rows * (96 + 2.6 * k + 67.5 * copies);
+  const double latency = source_rows / kRingRows * 907 + 1.33 * instructions;
+  const double compute = waves * std::max(0.885 * instructions * active, latency);
+  const double traffic = m.source_elements * (1 + 2.33 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = traffic * m.source_bytes / (25.5 * device.multiprocessors);
+  return 4470 + std::max(compute, memory) + 0.863 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -396,7 +396,7 @@ struct BurstCosts {
   double chain, issue, load_words, store_words, halo, bytes_per_cycle, overlap;
 };
 constexpr BurstCosts kBurstNhwc{1356, 165, 56, 0.91, 7.8, 0.97, 17, 1.1, 2.57, 1.17, 2.26, 3.7, 0.2, 15.9, 0.21};
-constexpr BurstCosts kBurstNchw{1826, 67, 49, 7.45, 14.3, 2.1, 0.73, 4.8, 1.46, 0.65, 2.33, 5.6, 0.81, 30, 0.05};
+constexpr BurstCosts kBurstNchw{1950, 201, 90, 7.34, 20.4, 2.9, 0, 7.1, 1.45, 0.615, 1.7, 8.14, 0.596, 6.04, 0};
 
 // Estimated time in cycles, fitted like EstimateMarch.
 double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, const Device& device) {

@@ -49,15 +49,15 @@ double EstimateSmallPlanes(const Problem& p, const SmallPlanesTile& tile, const 
 
   const double products = k * k * t * (shape.tiles == 1 ? 0.75 : 1);
   const double converts = BytesOf(p.x_dtype) == 2 ? 1.3 : 1;
-  const double instructions = rows * (0.697 * products + 4.75 * (t + k) * converts + 70.1);
+  const double instructions = rows * (0.939 * products + 4.88 * (t + k) * converts + 43.6);
   const double copies = double(shape.planes) * shape.plane_bytes / chunk / (32 * warps);  // of a thread
-  const double issue = (instructions + 1.22 * copies) * warps / 4;
-  const double shared = 0.861 * BankConflicts(p, tile, shape) * rows * (2 * t + k) * warps;
-  const double latency = 16.5 + 1.62 * instructions + 44.5 * copies;
+  const double issue = instructions * warps / 4;
+  const double shared = 0.928 * BankConflicts(p, tile, shape) * rows * (2 * t + k) * warps;
+  const double latency = 204 + 1.69 * instructions + 17.9 * copies;
   const double images = std::min<double>(tile.images, p.batch);
   const double compute = waves * images * std::max(latency, std::max(issue, shared) * active);
-  const double memory = 2.0 * p.x_elements() * BytesOf(p.x_dtype) / (14.1 * device.multiprocessors);
-  return 2980 + std::max(compute, memory) + 0.526 * std::min(compute, memory);
+  const double memory = 2.0 * p.x_elements() * BytesOf(p.x_dtype) / (14.4 * device.multiprocessors);
+  return 3010 + std::max(compute, memory) + 0.498 * std::min(compute, memory);
 }
 
 }  // namespace
