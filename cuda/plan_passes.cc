@@ -260,20 +260,20 @@ double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& ti
       std::floor(std::min(kRegisters / (kThreads * registers), device.shared_memory / shared)), 1.0, kMostBlocks);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 4) waves = std::ceil(waves);
-  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
   const double source_rows = tile.rows + k - 1;
-  const double instructions = 340 + 17.8 * k * k + source_rows * (3.8 * k * k * t + 6.5 * (k - 1) + 174);
-  const double latency = 30 + source_rows / kRingRows * 790 + 0.302 * instructions;
-  const double wide = t * bytes > 16 ? 1.14 : 1;  // lanes that are two transactions apart
+  const double instructions = 485 + 18.3 * k * k + source_rows * (2.96 * k * k * t + 8.2 * (k - 1) + 174);
+  const double latency = 44 + source_rows / kRingRows * 424 + 0.254 * instructions;
+  const double wide = t * bytes > 16 ? 1.21 : 1;  // lanes that are two transactions apart
   const double compute = wide * waves * std::max(0.241 * instructions * active, latency);
   // The larger the part of the tensor that is read at a time, the less memory delivers: strips at different heights of
   // many planes open many of its pages.
   const double megabytes =
       active * device.multiprocessors * warps_per_block * rows_per_warp * tile.rows * m.columns * bytes / 1e6;
-  const double spread = 1 + 0.78 * megabytes / (megabytes + 36);
-  const double traffic = m.source_elements * (1 + 0.333 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = wide * spread * traffic * bytes / (20.7 * device.multiprocessors);
-  return 2850 + std::max(compute, memory) + 0.472 * std::min(compute, memory);
+  const double spread = 1 + 0.634 * megabytes / (megabytes + 30);
+  const double traffic = m.source_elements * (1 + 0.095 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = wide * spread * traffic * bytes / (20.5 * device.multiprocessors);
+  return 2950 + std::max(compute, memory) + 0.482 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -318,15 +318,15 @@ double EstimateToeplitzPlanes(const Problem& p, const Sizes& m, const ToeplitzPl
       std::floor(std::min(kRegisters / (kThreads * (54 + 7.5 * k)), device.shared_memory / shared)), 1.0, kMostBlocks);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 4) waves = std::ceil(waves);
-  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
   const double source_rows = tile.rows + k - 1;
   const double copies = tile.access == 4 ? 0 : tile.access == 2 ? 1 : 4.05;
-  const double instructions = 39 + source_rows * (96 + 2.6 * k + 67.5 * copies);
-  const double latency = source_rows / kRingRows * 907 + 1.33 * instructions;
+  const double instructions = 87 + source_rows * (111 + 3.2 * k + 64.9 * copies);
+  const double latency = source_rows / kRingRows * 1370 + 0.856 * instructions;
   const double compute = waves * std::max(0.885 * instructions * active, latency);
-  const double traffic = m.source_elements * (1 + 2.33 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = traffic * m.source_bytes / (25.5 * device.multiprocessors);
-  return 4470 + std::max(compute, memory) + 0.863 * std::min(compute, memory);
+  const double traffic = m.source_elements * (1 + 2.52 * (k - 1) / tile.rows) + m.result_elements;
+  const double memory = traffic * m.source_bytes / (24.3 * device.multiprocessors);
+  return 3320 + std::max(compute, memory) + 0.615 * std::min(compute, memory);
 }
 
 template <class Visit>
@@ -396,12 +396,13 @@ struct BurstCosts {
   double chain, issue, load_words, store_words, halo, bytes_per_cycle, overlap;
 };
 constexpr BurstCosts kBurstNhwc{1356, 165, 56, 0.91, 7.8, 0.97, 17, 1.1, 2.57, 1.17, 2.26, 3.7, 0.2, 15.9, 0.21};
-constexpr BurstCosts kBurstNchw{1950, 201, 90, 7.34, 20.4, 2.9, 0, 7.1, 1.45, 0.615, 1.7, 8.14, 0.596, 6.04, 0};
+constexpr BurstCosts kBurstNchw{2620, 295, 1, 6.84, 18.5, 2.1, 0.73, 1.8, 1.26, 0.741, 3.42, 0, 0.81, 30, 0.05};
+constexpr BurstCosts kBurstNchwStrided{1826, 67, 49, 7.45, 14.3, 2.1, 0.73, 4.8, 1.46, 0.65, 2.33, 5.6, 0.81, 30, 0.05};
 
 // Estimated time in cycles, fitted like EstimateMarch.
 double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
-  const BurstCosts& cost = p.channels_last ? kBurstNhwc : kBurstNchw;
+  const BurstCosts& cost = p.channels_last ? kBurstNhwc : m.stride == 1 ? kBurstNchw : kBurstNchwStrided;
   const double k = m.kernel_h, v = tile.vector, taps = k * k;
   const auto read = [&](int size) { return m.doubles ? size + (k - 1) / 2 : (size - 1) * m.stride + k; };
   const double loads = read(tile.rows) * read(tile.columns);

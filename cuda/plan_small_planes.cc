@@ -45,19 +45,19 @@ double EstimateSmallPlanes(const Problem& p, const SmallPlanesTile& tile, const 
   const double blocks = double(CeilDiv(p.channels, shape.planes)) * CeilDiv(p.batch, tile.images);
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
   if (waves < 4) waves = std::ceil(waves);
-  const double active = std::clamp(blocks / device.multiprocessors, 1.0, resident);
+  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
 
   const double products = k * k * t * (shape.tiles == 1 ? 0.75 : 1);
   const double converts = BytesOf(p.x_dtype) == 2 ? 1.3 : 1;
-  const double instructions = rows * (0.939 * products + 4.88 * (t + k) * converts + 43.6);
+  const double instructions = rows * (0.906 * products + 2.93 * (t + k) * converts + 50.2);
   const double copies = double(shape.planes) * shape.plane_bytes / chunk / (32 * warps);  // of a thread
   const double issue = instructions * warps / 4;
-  const double shared = 0.928 * BankConflicts(p, tile, shape) * rows * (2 * t + k) * warps;
-  const double latency = 204 + 1.69 * instructions + 17.9 * copies;
+  const double shared = 0.807 * BankConflicts(p, tile, shape) * rows * (2 * t + k) * warps;
+  const double latency = 306 + 1.68 * instructions + 38 * copies;
   const double images = std::min<double>(tile.images, p.batch);
   const double compute = waves * images * std::max(latency, std::max(issue, shared) * active);
-  const double memory = 2.0 * p.x_elements() * BytesOf(p.x_dtype) / (14.4 * device.multiprocessors);
-  return 3010 + std::max(compute, memory) + 0.498 * std::min(compute, memory);
+  const double memory = 2.0 * p.x_elements() * BytesOf(p.x_dtype) / (14.2 * device.multiprocessors);
+  return 2900 + std::max(compute, memory) + 0.542 * std::min(compute, memory);
 }
 
 }  // namespace
