@@ -173,7 +173,6 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         start = time.perf_counter()
         function, operands = sides[side] = compiled(case, side)
         row[f"{side}_compile_s"] = time.perf_counter() - start
-        row[f"{side}_memory_mib"] = memory_mib(function)
         result = function(*operands)
         results[side] = np.asarray(result[0] if case.mode == "train" else result, np.float32)
     for side in SIDES[case.mode]:
@@ -190,6 +189,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
             row[f"{side}_ms"] = 1e3 * statistics.median(blocked)
             row[f"{side}_back_to_back_ms"] = 1e3 * statistics.median(back_to_back)
     for side, (function, operands) in sides.items():
+        row[f"{side}_memory_mib"] = memory_mib(function)
         if case.mode == "train":
             row[f"{side}_ms"] = call_ms(function, operands, seconds)
         if jax.default_backend() == "gpu":

@@ -40,7 +40,8 @@ def test_small_run(tmp_path, capsys):
     with output.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["mode"], row["batch"]) for row in rows] == [("inference", "2"), ("train", "2")]
-    assert all(float(row[f"{side}_ms"]) > 0 for row in rows for side in bench_models.SIDES[row["mode"]])
+    for field in ("ms", "memory_mib"):
+        assert all(float(row[f"{side}_{field}"]) > 0 for row in rows for side in bench_models.SIDES[row["mode"]])
     assert all(float(rows[0][f"{side}_cosine"]) > 0.999 for side in bench_models.SIDES["inference"])
     assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -61,9 +62,10 @@ def test_shares_of_depthwise_kernels(monkeypatch):
         "ours_ms": 9.0,
     }
     row |= {"flax_kernels_ms": 10.0, "ours_kernels_ms": 8.0, "ours_own_kernels_ms": 2.0}
+    row |= {"flax_memory_mib": 200.4, "ours_memory_mib": 100.0}
     assert bench_models.depthwise_shares(row) == pytest.approx((0.4, 0.25))
     assert (
-        "| a | 224 | 64 | 12.000 | 9.000 | 25.0% | 10.000 | 8.000 | 20.0% | 40.0% | 25.0% |"
+        "| a | 224 | 64 | 12.000 | 9.000 | 25.0% | 10.000 | 8.000 | 20.0% | 40.0% | 25.0% | 200 | 100 |"
         in bench_models.report([row], {}, "command").splitlines()
     )
 
