@@ -20,7 +20,7 @@ struct Device {
 
 // forward and grad_input of the usual kernels in NHWC (march.cuh): a thread has `vector` channels times `columns`
 // columns of the result and marches down `rows` rows of them; it loads `ahead` rows before it needs them. In the input
-// gradient of stride 2, columns and rows are those of g, with two of the result each.
+// gradient of stride 2, columns and rows are those of g, with two of the result each. march_planes.cuh has no `ahead`.
 struct MarchTile {
   int vector, columns, ahead, rows;
 };
@@ -60,7 +60,7 @@ constexpr bool HasMarchInstance(bool one_type, bool source_is_float, int stride,
 }
 
 // The NCHW kernels of stride 1 (march_planes.cuh, toeplitz_planes.cuh) have this many rows of the source in shared
-// memory at a time: one that is in use, the others on their way.
+// memory at a time: one that is in use, the others on their way (from sm_80 on).
 constexpr int kRingRows = 8;
 
 // The (kernel size, columns) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).

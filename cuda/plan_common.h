@@ -60,12 +60,12 @@ std::vector<GradFilterPlan> TapPlanesCandidates(const Problem& p, const Device& 
 // Whether the blocks of all splits can be a cluster, whose size is portable up to eight; `others`: blocks of one split.
 // Sixteen are for whole GPUs of data centres, and gain where there is a multiprocessor for each block.
 inline bool OneLaunch(int64_t splits, int64_t others, const Device& device) {
-  const bool takes_sixteen = device.shared_memory >= 200 * 1024 && device.multiprocessors >= 64;
+  const bool takes_sixteen = device.shared_memory >= 200 * 1024 && device.multiprocessors >= 100;
   return splits == 1 || (device.capability >= 90 &&
                          (splits <= 8 || (splits == 16 && takes_sixteen && splits * others <= device.multiprocessors)));
 }
 
-// A cluster of sixteen needs no more multiprocessors than a portable one.
+// Where two blocks fit a multiprocessor, a cluster of sixteen needs no more of them than a portable one can have.
 inline bool ClusterFits(int64_t splits, double resident_blocks) { return splits <= 8 || resident_blocks >= 2; }
 
 // Bytes from row to row in shared memory, so that threads of a warp which read `together` bytes each in different rows,

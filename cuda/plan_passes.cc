@@ -263,7 +263,8 @@ double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& ti
   const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
   const double source_rows = tile.rows + k - 1;
   const double instructions = 485 + 18.3 * k * k + source_rows * (2.96 * k * k * t + 8.2 * (k - 1) + 174);
-  const double latency = 44 + source_rows / kRingRows * 424 + 0.254 * instructions;
+  const double ahead = device.capability >= 80 ? kRingRows : 1;  // before, a row is copied through registers
+  const double latency = 44 + source_rows / ahead * 424 + 0.254 * instructions;
   const double wide = t * bytes > 16 ? 1.21 : 1;  // lanes that are two transactions apart
   const double compute = wide * waves * std::max(0.241 * instructions * active, latency);
   // The larger the part of the tensor that is read at a time, the less memory delivers: strips at different heights of
@@ -302,7 +303,7 @@ bool ToeplitzPlanesApply(const Problem& p, const Device& device, int64_t alignme
       (p.x_dtype == Dtype::kBF16 || p.x_dtype == Dtype::kF16) && p.filter_dtype == p.x_dtype && p.y_dtype == p.x_dtype;
   const bool plain = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
   const bool sizes_fit = p.x.n <= kMost && p.y.n <= kMost && p.x_elements() < kMost && p.y_elements() < kMost &&
-                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
+                         p.filter_elements() < kMost && std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   return device.capability >= 80 && !p.channels_last && p.multiplier == 1 && p.groups == 1 && half_types && plain &&
          sizes_fit && alignment % 4 == 0;
 }

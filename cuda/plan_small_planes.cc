@@ -8,14 +8,17 @@
 namespace dwsconv {
 namespace {
 
-bool SmallPlanesApply(const Problem& p) {
+bool SmallPlanesApply(const Problem& p, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const bool square = p.kernel_h == p.kernel_w && p.stride_h == 1 && p.stride_w == 1 && UsualWindow(p);
   const bool same = p.in_h == p.out_h && p.in_w == p.out_w && p.pad_top == (p.kernel_h - 1) / 2 &&
                     p.pad_left == (p.kernel_w - 1) / 2 && p.kernel_h % 2 == 1;
   const bool one_type = p.x_dtype == p.y_dtype && p.x_dtype != Dtype::kF64;
-  return !p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual && square && same && one_type &&
-         p.batch <= kMost && p.x_elements() <= 2 * kMost;
+  const bool sizes_fit =
+      p.batch <= kMost && p.x.n <= kMost && p.x_elements() <= 2 * kMost && p.filter_elements() < kMost;
+  // Before 8.0 the copies would not run beside the computation.
+  return device.capability >= 80 && !p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual &&
+         square && same && one_type && sizes_fit;
 }
 
 // How many different words of one bank of shared memory the lanes of a warp meet in when all take the same step.
@@ -84,7 +87,7 @@ std::vector<PassPlan> SmallPlanesCandidates(const Problem& p, const Device& devi
       DWSCONV_SMALL_PLANES_TILES(DWSCONV_TILE)
 #undef DWSCONV_TILE
   };
-  if (!SmallPlanesApply(p)) return candidates;
+  if (!SmallPlanesApply(p, device)) return candidates;
   for (const auto& [kernel_size, columns] : kColumns) {
     if (kernel_size != p.kernel_h || CeilDiv(p.in_w, columns) > 32 ||
         p.in_h * p.in_w * BytesOf(p.x_dtype) > kMostBytes) {

@@ -134,6 +134,7 @@ std::vector<GradFilterPlan> TapPlanesCandidates(const Problem& p, const Device& 
     int64_t last = 0;
     for (int64_t blocks : {1, 2, 3, 4, 6}) {  // for every multiprocessor
       const int64_t splits = std::min(std::max<int64_t>(1, blocks * device.multiprocessors / others), most_splits);
+      // Never a cluster of sixteen: not tried.
       if (splits != last && (splits > 8 || !OneLaunch(splits, others, device))) visit(tile, splits, false);
       last = splits;
     }

@@ -61,7 +61,10 @@ double EstimateTapRows(const Problem& p, const TapRowsTile& tile, bool one_launc
   const double resident =
       std::max(1.0, std::floor(std::min({device.shared_memory / (shape.bytes + 1024.0), kMostThreads / (32 * warps),
                                          kRegisters / (registers * 32 * warps)})));
-  if (one_launch && !ClusterFits(tile.splits, resident)) return std::numeric_limits<double>::infinity();
+  constexpr double kMostRegisters = kRegisters / kTapRowsThreads;  // the estimate is no bound
+  const double certain =
+      std::floor(std::min(device.shared_memory / (shape.bytes + 1024.0), kRegisters / (kMostRegisters * 32 * warps)));
+  if (one_launch && !ClusterFits(tile.splits, certain)) return std::numeric_limits<double>::infinity();
   // A cluster stays within a group of 16 to 18 multiprocessors, which it may not fill.
   const double usable = one_launch && tile.splits > 1 ? 0.95 : 1;
   double waves = std::max(1.0, blocks / (device.multiprocessors * resident * usable));

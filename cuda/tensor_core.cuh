@@ -19,8 +19,8 @@ __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global,
 template <int kBytes>
 __device__ __forceinline__ void CopyAsync(void* shared, const void* global, int count = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 #if __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (kBytes == 16) {  // not through the L1 cache
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(count) : "memory");
   } else {
@@ -28,11 +28,8 @@ __device__ __forceinline__ void CopyAsync(void* shared, const void* global, int 
                  : "memory");
   }
 #else
-#pragma unroll
-  for (int i = 0; i < kBytes; i += 4) {  // the callers that run here copy everything or nothing
-    const uint32_t word = i < count ? static_cast<const uint32_t*>(global)[i / 4] : 0;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + i), "r"(word) : "memory");
-  }
+  using Copied = Words<kBytes / 4>;  // the callers that run here copy everything or nothing
+  *static_cast<Copied*>(shared) = count == kBytes ? *static_cast<const Copied*>(global) : Copied{};
 #endif
 }
 
