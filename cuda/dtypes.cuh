@@ -37,6 +37,17 @@ struct Type {
   using type = T;
 };
 
+// Calls visit(Type<T>) with the storage type of activations and returns what it returns; false for another.
+template <class Visit>
+bool WithDtype(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::kF32: return visit(Type<float>{});
+    case Dtype::kBF16: return visit(Type<BFloat16>{});
+    case Dtype::kF16: return visit(Type<Float16>{});
+    default: return false;
+  }
+}
+
 // Calls visit(Type<X>, Type<F>, Type<Y>) with the storage types of input, filter and output and returns true, where
 // this combination is compiled: the input in float, bfloat16 or float16, filter and output as the input or in float.
 template <class Visit>

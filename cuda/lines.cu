@@ -42,12 +42,7 @@ bool LaunchFor(const PassCall& call) {
 }  // namespace
 
 bool LaunchLines(const PassCall& call) {
-  switch (call.problem.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(call);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(call);
-    case Dtype::kF16: return LaunchFor<Float16>(call);
-    default: return false;
-  }
+  return WithDtype(call.problem.x_dtype, [&](auto type) { return LaunchFor<typename decltype(type)::type>(call); });
 }
 
 }  // namespace dwsconv::cuda

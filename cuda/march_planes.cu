@@ -3,10 +3,10 @@
 namespace dwsconv::cuda {
 namespace {
 
-MarchPlanes Describe(const PassCall& call, const MarchTile& tile) {
+MarchPlanes Describe(const PassCall& call, const MarchPlanesTile& tile) {
   const Problem& p = call.problem;
   MarchPlanes m{};
-  m.march = DescribeMarch(call, tile);
+  m.march = DescribeMarch(call, {1, tile.columns, 0, tile.rows});
   const auto tiles = static_cast<uint32_t>(p.in_w / tile.columns);
   m.tiles = Divisor(tiles);
   m.channels = Divisor(static_cast<uint32_t>(p.channels));
@@ -16,7 +16,7 @@ MarchPlanes Describe(const PassCall& call, const MarchTile& tile) {
 }
 
 template <class T>
-bool LaunchFor(const PassCall& call, const MarchTile& tile) {
+bool LaunchFor(const PassCall& call, const MarchPlanesTile& tile) {
   const MarchPlanes m = Describe(call, tile);
   const uint32_t warps = (m.units + m.rows_per_warp - 1) / m.rows_per_warp, per_block = kMarchThreads / 32;
   const uint32_t blocks = (warps + per_block - 1) / per_block;
@@ -33,13 +33,9 @@ bool LaunchFor(const PassCall& call, const MarchTile& tile) {
 
 }  // namespace
 
-bool LaunchMarchPlanes(const PassCall& call, const MarchTile& tile) {
-  switch (call.problem.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(call, tile);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(call, tile);
-    case Dtype::kF16: return LaunchFor<Float16>(call, tile);
-    default: return false;
-  }
+bool LaunchMarchPlanes(const PassCall& call, const MarchPlanesTile& tile) {
+  return WithDtype(call.problem.x_dtype,
+                   [&](auto type) { return LaunchFor<typename decltype(type)::type>(call, tile); });
 }
 
 }  // namespace dwsconv::cuda

@@ -18,7 +18,7 @@ struct MarchPlanes {
 };
 
 // Returns false where there is no instance for the dtypes.
-bool LaunchMarchPlanes(const PassCall& call, const MarchTile& tile);
+bool LaunchMarchPlanes(const PassCall& call, const MarchPlanesTile& tile);
 
 }  // namespace dwsconv::cuda
 

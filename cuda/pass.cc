@@ -24,7 +24,7 @@ bool LaunchPlanned(const PassCall& call, const PassPlan& plan) {
     case PassPlan::Kernel::kToeplitzPlanes: return LaunchToeplitzPlanes(call, plan.toeplitz_planes);
     case PassPlan::Kernel::kSmallPlanes: return LaunchSmallPlanes(call, plan.small_planes);
     case PassPlan::Kernel::kMarch: return LaunchMarch(plan.turned ? TurnedCall(call) : call, plan.march);
-    case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march);
+    case PassPlan::Kernel::kMarchPlanes: return LaunchMarchPlanes(call, plan.march_planes);
     case PassPlan::Kernel::kStaged: return LaunchStaged(call, plan.staged);
     case PassPlan::Kernel::kBurst: return LaunchBurst(call, plan.burst);
     case PassPlan::Kernel::kSlide: return LaunchSlide(call, plan.slide);

@@ -1,6 +1,8 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <limits>
 #include <utility>
 
 #include "cuda/plan_common.h"
@@ -16,6 +18,12 @@ std::string Join(std::initializer_list<int> numbers) {
 bool UsualWindow(const Problem& p) {
   const int64_t most = p.kernel_h == p.kernel_w ? 2 : 1;
   return p.stride_h == p.stride_w && p.stride_h <= most && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+bool IndicesFit(const Problem& p) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostPadding = 1 << 20;
+  return p.filter_elements() <= kMost && p.x.n <= kMost && p.y.n <= kMost && p.x_elements() <= 2 * kMost &&
+         p.y_elements() <= 2 * kMost && std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= kMostPadding;
 }
 
 bool SuitsLayout(const Problem& p, int vector, int columns) {

@@ -20,7 +20,7 @@ struct Device {
 
 // forward and grad_input of the usual kernels in NHWC (march.cuh): a thread has `vector` channels times `columns`
 // columns of the result and marches down `rows` rows of them; it loads `ahead` rows before it needs them. In the input
-// gradient of stride 2, columns and rows are those of g, with two of the result each. march_planes.cuh has no `ahead`.
+// gradient of stride 2, columns and rows are those of g, with two of the result each.
 struct MarchTile {
   int vector, columns, ahead, rows;
 };
@@ -63,7 +63,13 @@ constexpr bool HasMarchInstance(bool one_type, bool source_is_float, int stride,
 // memory at a time: one that is in use, the others on their way (from sm_80 on).
 constexpr int kRingRows = 8;
 
-// The (kernel size, columns) that are compiled of the march for NCHW with stride 1 (march_planes.cuh).
+// forward, and grad_input of stride 1, in NCHW (march_planes.cuh): a thread has `columns` columns and marches down
+// `rows` rows of them.
+struct MarchPlanesTile {
+  int columns, rows;
+};
+
+// The (kernel size, columns) that are compiled.
 #define DWSCONV_MARCH_PLANES_TILES(M) M(3, 4) M(3, 2) M(3, 8) M(5, 4) M(5, 2) M(7, 4) M(7, 2)
 
 // forward, and grad_input of stride 1, of 16-bit types in NCHW on tensor cores (toeplitz_planes.cuh): a warp has 16
@@ -194,6 +200,7 @@ struct PassPlan {
   Kernel kernel = Kernel::kGather;
   bool turned = false;  // the kernel is for Turned(problem)
   MarchTile march{};
+  MarchPlanesTile march_planes{};
   ToeplitzTile toeplitz{};
   ToeplitzPlanesTile toeplitz_planes{};
   SmallPlanesTile small_planes{};

@@ -36,6 +36,39 @@ bool UsualWindow(const Problem& p);
 // the tile, the fewer memory transactions.
 bool SuitsLayout(const Problem& p, int vector, int columns);
 
+// Whether 32 bits hold the indices in an image and in the filter, and all elements with a factor of two.
+bool IndicesFit(const Problem& p);
+
+// What a pass reads and writes: x and y for forward, the reverse for grad_input.
+struct PassSizes {
+  PassSizes(const Problem& p, bool forward)
+      : kernel_h(p.kernel_h),
+        kernel_w(p.kernel_w),
+        stride(p.stride_h),
+        doubles(!forward && stride == 2),
+        source_bytes(BytesOf(forward ? p.x_dtype : p.y_dtype)),
+        result_bytes(BytesOf(forward ? p.y_dtype : p.x_dtype)),
+        source_elements(forward ? p.x_elements() : p.y_elements()),
+        result_elements(forward ? p.y_elements() : p.x_elements()),
+        rows(forward ? p.out_h : p.in_h),
+        columns(forward ? p.out_w : p.in_w) {
+    if (doubles) {  // pairs of them, in padded coordinates: see march.cuh
+      rows = CeilDiv(p.pad_top + rows, 2) - p.pad_top / 2;
+      columns = CeilDiv(p.pad_left + columns, 2) - p.pad_left / 2;
+    }
+  }
+
+  int64_t kernel_h, kernel_w, stride;
+  bool doubles;
+  int64_t source_bytes, result_bytes, source_elements, result_elements;
+  int64_t rows, columns;
+};
+
+// Whether the kernels that march down the rows could take the problem, whatever their tiles.
+bool MarchApplies(const Problem& p, bool forward);
+
+PassPlan PlanFor(PassPlan::Kernel kernel, double cycles);
+
 // Calls visit(rows) for the heights of strips worth trying: from the whole result down to one row.
 template <class Visit>
 void ForStripRows(int64_t rows, const Visit& visit) {
@@ -47,8 +80,10 @@ void ForStripRows(int64_t rows, const Visit& visit) {
   }
 }
 
-// The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc, plan_small_planes.cc).
+// The plans of one kernel of forward and grad_input, for PassCandidates (plan_staged.cc, plan_planes.cc,
+// plan_small_planes.cc).
 std::vector<PassPlan> StagedCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
+std::vector<PassPlan> PlanesCandidates(const Problem& p, bool forward, const Device& device, int64_t alignment);
 std::vector<PassPlan> SmallPlanesCandidates(const Problem& p, const Device& device, int64_t alignment);
 
 // The same for GradFilterCandidates (plan_tap_rows.cc, plan_tap_planes.cc).

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <utility>
 
 #include "cuda/plan_common.h"
 
@@ -127,12 +126,9 @@ void VisitTapSums(const Problem& p, const Device& device, int64_t alignment, int
 }
 
 bool TapProductsApply(const Problem& p, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const bool half_types = (p.x_dtype == Dtype::kBF16 || p.x_dtype == Dtype::kF16) && p.y_dtype == p.x_dtype;
-  const bool sizes_fit = p.x.n <= kMost && p.y.n <= kMost && p.x_elements() <= kMost * 2 &&
-                         p.y_elements() <= kMost * 2 && std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   const bool empty = p.x_elements() == 0 || p.y_elements() == 0;
-  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && half_types && sizes_fit && !empty &&
+  return device.capability >= 80 && p.channels_last && p.multiplier == 1 && half_types && IndicesFit(p) && !empty &&
          p.stride_h == p.stride_w && (p.stride_h == 1 || (p.stride_h == 2 && p.dilation_h == 1)) &&
          p.channels % 8 == 0 && alignment % 16 == 0;
 }

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <utility>
 
 #include "cuda/plan_common.h"
 
@@ -21,12 +20,6 @@ constexpr MarchInstance kMarchInstances[] = {
 #undef DWSCONV_TILE
 };
 
-constexpr MarchInstance kMarchPlanesInstances[] = {
-#define DWSCONV_TILE(kernel_size, columns) {kernel_size, kernel_size, {1, columns, 0, 0}},
-    DWSCONV_MARCH_PLANES_TILES(DWSCONV_TILE)
-#undef DWSCONV_TILE
-};
-
 struct BurstInstance {
   int kernel_size;
   BurstTile tile;
@@ -38,40 +31,9 @@ constexpr ToeplitzTile kToeplitzBlocks[] = {
 #undef DWSCONV_BLOCK
 };
 
-constexpr ToeplitzPlanesTile kToeplitzPlanesInstances[] = {
-#define DWSCONV_TILE(kernel_size, access) {kernel_size, access, 0},
-    DWSCONV_TOEPLITZ_PLANES_TILES(DWSCONV_TILE)
-#undef DWSCONV_TILE
-};
-
-// What a pass reads and writes: x and y for forward, the reverse for grad_input.
-struct Sizes {
-  Sizes(const Problem& p, bool forward)
-      : kernel_h(p.kernel_h),
-        kernel_w(p.kernel_w),
-        stride(p.stride_h),
-        doubles(!forward && stride == 2),
-        source_bytes(BytesOf(forward ? p.x_dtype : p.y_dtype)),
-        result_bytes(BytesOf(forward ? p.y_dtype : p.x_dtype)),
-        source_elements(forward ? p.x_elements() : p.y_elements()),
-        result_elements(forward ? p.y_elements() : p.x_elements()),
-        rows(forward ? p.out_h : p.in_h),
-        columns(forward ? p.out_w : p.in_w) {
-    if (doubles) {  // pairs of them, in padded coordinates: see march.cuh
-      rows = CeilDiv(p.pad_top + rows, 2) - p.pad_top / 2;
-      columns = CeilDiv(p.pad_left + columns, 2) - p.pad_left / 2;
-    }
-  }
-
-  int64_t kernel_h, kernel_w, stride;
-  bool doubles;
-  int64_t source_bytes, result_bytes, source_elements, result_elements;
-  int64_t rows, columns;
-};
-
 // Estimated time in cycles. The form follows from what the kernel does; the constants were fitted to a sweep of all
 // tiles over the layers of the benchmark on an H100 (see docs/performance.md).
-double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
+double EstimateMarch(const Problem& p, const PassSizes& m, const MarchTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
   const double kh = m.kernel_h, kw = m.kernel_w, v = tile.vector, t = tile.columns;
   const double loads = m.doubles ? t + (m.kernel_w - 1) / 2 : (t - 1) * m.stride + kw;
@@ -115,15 +77,6 @@ double EstimateMarch(const Problem& p, const Sizes& m, const MarchTile& tile, co
 // A vector of channels comes with one load.
 bool FilterSuits(const Problem& p, int vector) { return vector == 1 || p.filter.c == 1; }
 
-bool MarchApplies(const Problem& p, bool forward) {
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
-  const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
-  const bool sizes_fit = p.x.n <= kLargest && p.y.n <= kLargest && p.x_elements() <= kLargest * 2 &&
-                         p.y_elements() <= kLargest * 2 &&
-                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
-  return p.multiplier == 1 && UsualWindow(p) && pads_fit && sizes_fit;
-}
-
 // The smallest kernel size with an instance of toeplitz.cuh that holds the filter; 0 for none.
 int ToeplitzKernelSize(const Problem& p, bool forward) {
   const bool doubles = !forward && p.stride_h == 2;
@@ -151,7 +104,7 @@ bool ToeplitzApplies(const Problem& p, bool forward, const Device& device, int64
 }
 
 // Estimated time in cycles; infinite where the tile does not fit the device. Fitted like EstimateMarch.
-double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& tile, const Device& device) {
+double EstimateToeplitz(const Problem& p, const PassSizes& m, const ToeplitzTile& tile, const Device& device) {
   constexpr double kRegisters = 65536, kMarchers = 16, kColumns = ToeplitzTile::kColumns;
   const double k = tile.kernel_size, lead = (k - 1) / 2;
   const bool stride_2 = m.stride == 2 && !m.doubles;
@@ -201,17 +154,10 @@ double EstimateToeplitz(const Problem& p, const Sizes& m, const ToeplitzTile& ti
   return 3650 + std::max(compute, memory) + 0.48 * std::min(compute, memory);
 }
 
-PassPlan PlanFor(PassPlan::Kernel kernel, double cycles) {
-  PassPlan plan;
-  plan.kernel = kernel;
-  plan.cycles = cycles;
-  return plan;
-}
-
 template <class Visit>
 void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!MarchApplies(p, forward)) return;
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   // The estimate ranks the tiles of these kernels. To compare it with others: in NHWC they reach about this rate.
   const double half_rate = m.doubles ? 6.5 : 8.5;  // bytes per cycle of one multiprocessor
   const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
@@ -240,125 +186,10 @@ void VisitMarch(const Problem& p, bool forward, const Device& device, int64_t al
   }
 }
 
-// NCHW, stride 1, as many columns in the result as in the source, the same padding on both sides.
-bool MarchPlanesApply(const Problem& p, bool forward) {
-  const bool same = p.kernel_h == p.kernel_w && p.in_w == p.out_w && p.pad_left == (p.kernel_w - 1) / 2;
-  const bool one_type = p.x_dtype == p.y_dtype;
-  return !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && same && one_type && MarchApplies(p, forward);
-}
-
-// Estimated time in cycles, fitted like EstimateMarch.
-double EstimateMarchPlanes(const Problem& p, const Sizes& m, const MarchTile& tile, const Device& device) {
-  constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
-  const double k = m.kernel_h, t = tile.columns, bytes = m.source_bytes;
-  const double rows_per_warp = std::floor(32 * t / p.in_w), warps_per_block = kThreads / 32;
-  const double units = double(p.batch) * p.channels * CeilDiv(m.rows, tile.rows);
-  const double blocks = std::ceil(units / rows_per_warp / warps_per_block);
-  const double registers = std::min(28 + k * k + k * t + 2 * t, 255.0);
-  const double shared = kRingRows * kThreads * t * bytes + 1024;
-  const double resident = std::clamp(
-      std::floor(std::min(kRegisters / (kThreads * registers), device.shared_memory / shared)), 1.0, kMostBlocks);
-  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
-  if (waves < 4) waves = std::ceil(waves);
-  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
-  const double source_rows = tile.rows + k - 1;
-  const double instructions = 485 + 18.3 * k * k + source_rows * (2.96 * k * k * t + 8.2 * (k - 1) + 174);
-  const double ahead = device.capability >= 80 ? kRingRows : 1;  // before, a row is copied through registers
-  const double latency = 44 + source_rows / ahead * 424 + 0.254 * instructions;
-  const double wide = t * bytes > 16 ? 1.21 : 1;  // lanes that are two transactions apart
-  const double compute = wide * waves * std::max(0.241 * instructions * active, latency);
-  // The larger the part of the tensor that is read at a time, the less memory delivers: strips at different heights of
-  // many planes open many of its pages.
-  const double megabytes =
-      active * device.multiprocessors * warps_per_block * rows_per_warp * tile.rows * m.columns * bytes / 1e6;
-  const double spread = 1 + 0.634 * megabytes / (megabytes + 30);
-  const double traffic = m.source_elements * (1 + 0.095 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = wide * spread * traffic * bytes / (20.5 * device.multiprocessors);
-  return 2950 + std::max(compute, memory) + 0.482 * std::min(compute, memory);
-}
-
-template <class Visit>
-void VisitMarchPlanes(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
-  if (!MarchPlanesApply(p, forward)) return;
-  const Sizes m(p, forward);
-  for (const MarchInstance& instance : kMarchPlanesInstances) {
-    MarchTile tile = instance.tile;
-    if (instance.kernel_h != p.kernel_h || p.in_w % tile.columns != 0 || p.in_w / tile.columns > 32 ||
-        alignment % std::min<int64_t>(16, tile.columns * m.source_bytes) != 0) {
-      continue;
-    }
-    ForStripRows(m.rows, [&](int rows) {
-      tile.rows = rows;
-      const double cycles = EstimateMarchPlanes(p, m, tile, device);
-      PassPlan plan = PlanFor(PassPlan::Kernel::kMarchPlanes, cycles);
-      plan.march = tile;
-      visit(plan);
-    });
-  }
-}
-
-bool ToeplitzPlanesApply(const Problem& p, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const bool half_types =
-      (p.x_dtype == Dtype::kBF16 || p.x_dtype == Dtype::kF16) && p.filter_dtype == p.x_dtype && p.y_dtype == p.x_dtype;
-  const bool plain = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
-  const bool sizes_fit = p.x.n <= kMost && p.y.n <= kMost && p.x_elements() < kMost && p.y_elements() < kMost &&
-                         p.filter_elements() < kMost && std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
-  return device.capability >= 80 && !p.channels_last && p.multiplier == 1 && p.groups == 1 && half_types && plain &&
-         sizes_fit && alignment % 4 == 0;
-}
-
-// Estimated time in cycles, fitted like EstimateMarch.
-double EstimateToeplitzPlanes(const Problem& p, const Sizes& m, const ToeplitzPlanesTile& tile, const Device& device) {
-  constexpr double kRegisters = 65536, kMostBlocks = 16, kThreads = 128;
-  const double k = tile.kernel_size;
-  const double units = double(p.batch) * CeilDiv(m.columns, ToeplitzPlanesTile::kColumns) * CeilDiv(m.rows, tile.rows);
-  const double blocks = std::ceil(p.channels * std::ceil(units / ToeplitzPlanesTile::kMarchers) / (kThreads / 32));
-  const double shared = kRingRows * kThreads * (tile.access == 1 ? 32 : 16) + 1024;
-  const double resident = std::clamp(
-      std::floor(std::min(kRegisters / (kThreads * (54 + 7.5 * k)), device.shared_memory / shared)), 1.0, kMostBlocks);
-  double waves = std::max(1.0, blocks / (device.multiprocessors * resident));
-  if (waves < 4) waves = std::ceil(waves);
-  const double active = std::clamp(std::ceil(blocks / device.multiprocessors), 1.0, resident);
-  const double source_rows = tile.rows + k - 1;
-  const double copies = tile.access == 4 ? 0 : tile.access == 2 ? 1 : 4.05;
-  const double instructions = 87 + source_rows * (111 + 3.2 * k + 64.9 * copies);
-  const double latency = source_rows / kRingRows * 1370 + 0.856 * instructions;
-  const double compute = waves * std::max(0.885 * instructions * active, latency);
-  const double traffic = m.source_elements * (1 + 2.52 * (k - 1) / tile.rows) + m.result_elements;
-  const double memory = traffic * m.source_bytes / (24.3 * device.multiprocessors);
-  return 3320 + std::max(compute, memory) + 0.615 * std::min(compute, memory);
-}
-
-template <class Visit>
-void VisitToeplitzPlanes(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
-  if (!ToeplitzPlanesApply(p, device, alignment)) return;
-  const Sizes m(p, forward);
-  const int64_t source_w = forward ? p.in_w : p.out_w, pad_left = forward ? p.pad_left : p.kernel_w - 1 - p.pad_left;
-  for (const ToeplitzPlanesTile& instance : kToeplitzPlanesInstances) {
-    ToeplitzPlanesTile tile = instance;
-    const int64_t margin = ToeplitzPlanesMargin(static_cast<int>(pad_left), tile.access);
-    const int64_t reads = margin - pad_left + ToeplitzPlanesTile::kColumns + p.kernel_w - 1;
-    const int64_t together = tile.access * m.source_bytes;
-    const bool smallest =
-        tile.kernel_size >= p.kernel_h && (tile.kernel_size == 3 || tile.kernel_size < p.kernel_h + 2);
-    const bool rows_fit = source_w % tile.access == 0 && (tile.access == 1 || m.columns % 2 == 0);
-    if (!smallest || !rows_fit || reads > ToeplitzPlanesTile::kPixels ||
-        alignment % std::max<int64_t>(4, together) != 0)
-      continue;
-    ForStripRows(m.rows, [&](int rows) {
-      tile.rows = rows;
-      PassPlan plan = PlanFor(PassPlan::Kernel::kToeplitzPlanes, EstimateToeplitzPlanes(p, m, tile, device));
-      plan.toeplitz_planes = tile;
-      visit(plan);
-    });
-  }
-}
-
 template <class Visit>
 void VisitToeplitz(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!ToeplitzApplies(p, forward, device, alignment)) return;
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   const int64_t wide_most = CeilDiv(m.doubles ? 2 * m.columns : m.columns, ToeplitzTile::kColumns);
   const int size = ToeplitzKernelSize(p, forward);
   for (const ToeplitzTile& block : kToeplitzBlocks) {
@@ -401,7 +232,7 @@ constexpr BurstCosts kBurstNchw{2620, 295, 1, 6.84, 18.5, 2.1, 0.73, 1.8, 1.26, 
 constexpr BurstCosts kBurstNchwStrided{1826, 67, 49, 7.45, 14.3, 2.1, 0.73, 4.8, 1.46, 0.65, 2.33, 5.6, 0.81, 30, 0.05};
 
 // Estimated time in cycles, fitted like EstimateMarch.
-double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, const Device& device) {
+double EstimateBurst(const Problem& p, const PassSizes& m, const BurstTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16;
   const BurstCosts& cost = p.channels_last ? kBurstNhwc : m.stride == 1 ? kBurstNchw : kBurstNchwStrided;
   const double k = m.kernel_h, v = tile.vector, taps = k * k;
@@ -443,7 +274,7 @@ double EstimateBurst(const Problem& p, const Sizes& m, const BurstTile& tile, co
 template <class Visit>
 void VisitBurst(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!BurstApplies(p, forward)) return;
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
   for (const BurstInstance& instance : kBurstInstances) {
     const BurstTile& tile = instance.tile;
@@ -484,7 +315,7 @@ bool SlideApplies(const Problem& p, bool forward, bool along_height) {
 // Estimated time in cycles, fitted like EstimateMarch.
 double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, const Device& device) {
   constexpr double kThreads = 128, kRegisters = 65536, kMostBlocks = 16, kResults = SlideTile::kResults;
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   const bool height = tile.along_height;
   const auto choose = [&](int64_t h, int64_t w) { return height ? h : w; };
   const int64_t along = forward ? choose(p.out_h, p.out_w) : choose(p.in_h, p.in_w);
@@ -526,7 +357,7 @@ double EstimateSlide(const Problem& p, bool forward, const SlideTile& tile, cons
 
 template <class Visit>
 void VisitSlide(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   const int64_t widest = std::max({m.source_bytes, m.result_bytes, BytesOf(p.filter_dtype)});
   for (int vector : {1, 2, 4}) {
     const bool vectors_fit = p.channels_last && p.multiplier == 1 && p.filter.c == 1 && p.channels % vector == 0 &&
@@ -555,7 +386,7 @@ bool LinesApply(const Problem& p, bool forward, int64_t alignment) {
 template <class Visit>
 void VisitLines(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   if (!LinesApply(p, forward, alignment)) return;
-  const Sizes m(p, forward);
+  const PassSizes m(p, forward);
   const double bytes = double(m.source_elements) * m.source_bytes + double(m.result_elements) * m.result_bytes;
   // A launch and two latencies, then memory.
   visit(PlanFor(PassPlan::Kernel::kLines, 3000 + bytes / (14.0 * device.multiprocessors)));
@@ -564,11 +395,10 @@ void VisitLines(const Problem& p, bool forward, const Device& device, int64_t al
 template <class Visit>
 void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t alignment, const Visit& visit) {
   VisitMarch(p, forward, device, alignment, visit);
-  VisitMarchPlanes(p, forward, device, alignment, visit);
   VisitToeplitz(p, forward, device, alignment, visit);
-  VisitToeplitzPlanes(p, forward, device, alignment, visit);
   VisitBurst(p, forward, device, alignment, visit);
   for (const PassPlan& plan : StagedCandidates(p, forward, device, alignment)) visit(plan);
+  for (const PassPlan& plan : PlanesCandidates(p, forward, device, alignment)) visit(plan);
   for (const PassPlan& plan : SmallPlanesCandidates(p, device, alignment)) visit(plan);
   VisitSlide(p, forward, device, alignment, visit);
   VisitLines(p, forward, device, alignment, visit);
@@ -582,10 +412,22 @@ void VisitPasses(const Problem& p, bool forward, const Device& device, int64_t a
 
 }  // namespace
 
+bool MarchApplies(const Problem& p, bool forward) {
+  const bool pads_fit = forward || p.stride_h == 1 || (p.pad_top >= 0 && p.pad_left >= 0);
+  return p.multiplier == 1 && UsualWindow(p) && pads_fit && IndicesFit(p);
+}
+
+PassPlan PlanFor(PassPlan::Kernel kernel, double cycles) {
+  PassPlan plan;
+  plan.kernel = kernel;
+  plan.cycles = cycles;
+  return plan;
+}
+
 std::string PassPlan::Text() const {
   switch (kernel) {
     case Kernel::kMarch: return "march:" + Join({march.vector, march.columns, march.ahead, march.rows});
-    case Kernel::kMarchPlanes: return "march_planes:" + Join({march.columns, march.rows});
+    case Kernel::kMarchPlanes: return "march_planes:" + Join({march_planes.columns, march_planes.rows});
     case Kernel::kToeplitz: return "toeplitz:" + Join({toeplitz.channels, toeplitz.wide, toeplitz.rows});
     case Kernel::kToeplitzPlanes: {
       const ToeplitzPlanesTile& t = toeplitz_planes;

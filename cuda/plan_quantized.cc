@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "cuda/plan_common.h"
@@ -25,13 +24,9 @@ constexpr QuantizedTile kBursts[] = {
 bool OneDimension(const Problem& p) { return p.in_h == 1 && p.out_h == 1 && p.kernel_h == 1 && p.pad_top == 0; }
 
 bool Applies(const Problem& p, int64_t alignment) {
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const bool window_fits = p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1;
-  const bool sizes_fit = p.filter_elements() <= kLargest && p.x.n <= kLargest && p.y.n <= kLargest &&
-                         p.x_elements() <= kLargest * 2 && p.y_elements() <= kLargest * 2 &&
-                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   return p.channels_last && p.multiplier == 1 && p.channels % QuantizedTile::kVector == 0 && p.filter.c == 1 &&
-         window_fits && sizes_fit && alignment % (QuantizedTile::kVector * BytesOf(p.y_dtype)) == 0;
+         window_fits && IndicesFit(p) && alignment % (QuantizedTile::kVector * BytesOf(p.y_dtype)) == 0;
 }
 
 // The smallest instance that holds the filter: its (kernel_h, kernel_w).

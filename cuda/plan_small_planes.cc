@@ -14,8 +14,7 @@ bool SmallPlanesApply(const Problem& p, const Device& device) {
   const bool same = p.in_h == p.out_h && p.in_w == p.out_w && p.pad_top == (p.kernel_h - 1) / 2 &&
                     p.pad_left == (p.kernel_w - 1) / 2 && p.kernel_h % 2 == 1;
   const bool one_type = p.x_dtype == p.y_dtype && p.x_dtype != Dtype::kF64;
-  const bool sizes_fit =
-      p.batch <= kMost && p.x.n <= kMost && p.x_elements() <= 2 * kMost && p.filter_elements() < kMost;
+  const bool sizes_fit = p.batch <= kMost && IndicesFit(p);
   // Before 8.0 the copies would not run beside the computation.
   return device.capability >= 80 && !p.channels_last && p.multiplier == 1 && p.groups == 1 && !p.has_residual &&
          square && same && one_type && sizes_fit;

@@ -1,7 +1,6 @@
 // The planner of the kernel that computes from shared memory (staged.cuh).
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "cuda/plan_common.h"
@@ -20,13 +19,9 @@ constexpr StagedInstance kStagedInstances[] = {
 };
 
 bool StagedApplies(const Problem& p, bool forward, const Device& device, int64_t alignment) {
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const bool one_type = p.x_dtype == p.y_dtype && p.x_dtype != Dtype::kF64;
-  const bool sizes_fit = p.filter_elements() <= kLargest && p.x.n <= kLargest && p.y.n <= kLargest &&
-                         p.x_elements() <= kLargest * 2 && p.y_elements() <= kLargest * 2 &&
-                         std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   return device.capability >= 80 && p.channels_last && p.multiplier == 1 && p.kernel_h == p.kernel_w &&
-         UsualWindow(p) && (forward || p.stride_h == 1) && one_type && sizes_fit && p.filter.c == 1 &&
+         UsualWindow(p) && (forward || p.stride_h == 1) && one_type && IndicesFit(p) && p.filter.c == 1 &&
          p.channels * BytesOf(p.x_dtype) % 16 == 0 && alignment % 16 == 0;
 }
 

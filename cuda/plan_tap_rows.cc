@@ -1,7 +1,6 @@
 // The planner of the kernel of grad_filter that computes from shared memory (tap_rows.cuh).
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "cuda/plan_common.h"
@@ -10,14 +9,11 @@ namespace dwsconv {
 namespace {
 
 bool TapRowsApply(const Problem& p, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const bool one_type = p.x_dtype == p.y_dtype && p.x_dtype != Dtype::kF64;
   const bool has_instance = p.kernel_h == p.kernel_w && (p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7);
-  const bool sizes_fit = p.x.n <= kMost && p.y.n <= kMost && p.x_elements() <= kMost * 2 &&
-                         p.y_elements() <= kMost * 2 && std::max(std::abs(p.pad_top), std::abs(p.pad_left)) <= 1 << 20;
   const bool empty = p.x_elements() == 0 || p.y_elements() == 0;
   return device.capability >= 80 && p.channels_last && p.multiplier == 1 && has_instance && UsualWindow(p) &&
-         one_type && sizes_fit && !empty && p.channels * BytesOf(p.x_dtype) % 16 == 0 && alignment % 16 == 0;
+         one_type && IndicesFit(p) && !empty && p.channels * BytesOf(p.x_dtype) % 16 == 0 && alignment % 16 == 0;
 }
 
 // What was fitted, for a size of dtype.

@@ -45,12 +45,8 @@ bool LaunchFor(const PassCall& call, const SmallPlanesTile& tile) {
 }  // namespace
 
 bool LaunchSmallPlanes(const PassCall& call, const SmallPlanesTile& tile) {
-  switch (call.problem.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(call, tile);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(call, tile);
-    case Dtype::kF16: return LaunchFor<Float16>(call, tile);
-    default: return false;
-  }
+  return WithDtype(call.problem.x_dtype,
+                   [&](auto type) { return LaunchFor<typename decltype(type)::type>(call, tile); });
 }
 
 }  // namespace dwsconv::cuda

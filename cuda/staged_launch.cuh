@@ -45,12 +45,8 @@ bool LaunchStagedTile(const PassCall& call, const StagedTile& tile) {
 
 template <Pass kPass>
 bool LaunchStagedPass(const PassCall& call, const StagedTile& tile) {
-  switch (call.problem.x_dtype) {
-    case Dtype::kF32: return LaunchStagedTile<float, kPass>(call, tile);
-    case Dtype::kBF16: return LaunchStagedTile<BFloat16, kPass>(call, tile);
-    case Dtype::kF16: return LaunchStagedTile<Float16, kPass>(call, tile);
-    default: return false;
-  }
+  return WithDtype(call.problem.x_dtype,
+                   [&](auto type) { return LaunchStagedTile<typename decltype(type)::type, kPass>(call, tile); });
 }
 
 }  // namespace dwsconv::cuda

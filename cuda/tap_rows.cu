@@ -50,12 +50,9 @@ bool LaunchFor(const Problem& p, const GradFilterPlan& plan, const void* x, cons
 
 bool LaunchTapRows(const Problem& p, const GradFilterPlan& plan, const void* x, const void* g, void* filter,
                    float* workspace, cudaStream_t stream) {
-  switch (p.x_dtype) {
-    case Dtype::kF32: return LaunchFor<float>(p, plan, x, g, filter, workspace, stream);
-    case Dtype::kBF16: return LaunchFor<BFloat16>(p, plan, x, g, filter, workspace, stream);
-    case Dtype::kF16: return LaunchFor<Float16>(p, plan, x, g, filter, workspace, stream);
-    default: return false;
-  }
+  return WithDtype(p.x_dtype, [&](auto type) {
+    return LaunchFor<typename decltype(type)::type>(p, plan, x, g, filter, workspace, stream);
+  });
 }
 
 }  // namespace dwsconv::cuda
