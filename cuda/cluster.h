@@ -6,13 +6,15 @@
 
 #include <utility>
 
+#include "cuda/dynamic_memory.h"
+
 namespace dwsconv::cuda {
 
 // `cluster`: blocks in a cluster; 1 for none.
 template <class Kernel, class... Arguments>
 void LaunchClusters(Kernel kernel, unsigned blocks, unsigned threads, int shared, unsigned cluster, cudaStream_t stream,
                     Arguments&&... arguments) {
-  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  AllowDynamicMemory(kernel, shared);
   if (cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;

@@ -1,3 +1,4 @@
+#include "cuda/dynamic_memory.h"
 #include "cuda/small_planes.cuh"
 
 namespace dwsconv::cuda {
@@ -23,7 +24,7 @@ template <class T, int kK, int kTile, bool kOne>
 void Launch(const PassCall& call, const SmallPlanesTile& tile, const SmallPlanesShape& shape) {
   const SmallPlanes m = Describe(call, tile, shape);
   const auto kernel = SmallPlanesKernel<T, kK, kTile, kOne>;
-  if (shape.bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes);
+  AllowDynamicMemory(kernel, shape.bytes);
   const auto blocks = static_cast<unsigned>(m.channel_groups.value * CeilDiv(call.problem.batch, tile.images));
   kernel<<<blocks, tile.warps * 32, shape.bytes, call.stream>>>(m, static_cast<const T*>(call.source), call.filter,
                                                                 static_cast<T*>(call.result));

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSmallPlanesThreads)
   const int first_channel = static_cast<int>(m.channel_groups.Take(first_image)) * m.planes;
   const int planes = min(m.planes, m.channels - first_channel), bytes = planes * m.plane_bytes;
   active = active && static_cast<int>(plane) < planes;
-  if (!active) plane = 0;  // takes part in the waiting, stores nothing
+  if (!active) plane = 0;  // takes part in the waiting alone
   first_image *= m.images;
   const int images = min(m.images, m.batch - static_cast<int>(first_image));
   source += first_image * m.source.step.n + first_channel * m.source.step.c;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kSmallPlanesThreads)
       for (int j = 0; j < kColumns; ++j) {
         const bool beside = kOne && (j < kPad || j >= kPad + kTile);
         in[j] = 0;
-        if (!beside && static_cast<unsigned>(first_column + j - kPad) < static_cast<unsigned>(width)) {
+        if (!beside && active && static_cast<unsigned>(first_column + j - kPad) < static_cast<unsigned>(width)) {
           in[j] = ToFloat(first[row * width + j - kPad]);
         }
       }

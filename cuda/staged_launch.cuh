@@ -3,6 +3,7 @@
 #define JAX_DWSCONV_CUDA_STAGED_LAUNCH_CUH_
 
 #include "cuda/dtypes.cuh"
+#include "cuda/dynamic_memory.h"
 #include "cuda/staged.cuh"
 
 namespace dwsconv::cuda {
@@ -26,7 +27,7 @@ void LaunchStagedKernel(const PassCall& call, const StagedTile& tile) {
   const auto blocks =
       static_cast<unsigned>(p.batch * m.row_blocks.value * m.column_blocks.value * m.channel_blocks.value);
   const auto kernel = StagedKernel<X, kPass, kK, kVector, kColumns, kRows>;
-  if (shape.bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes);
+  AllowDynamicMemory(kernel, shape.bytes);
   kernel<<<blocks, threads, shape.bytes, call.stream>>>(m, static_cast<const X*>(call.source), call.filter,
                                                         static_cast<X*>(call.result));
 }

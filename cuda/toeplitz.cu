@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/dynamic_memory.h"
 #include "cuda/toeplitz.cuh"
 
 namespace dwsconv::cuda {
@@ -63,7 +64,7 @@ void Launch(const PassCall& call, const ToeplitzTile& tile) {
   const Toeplitz m = Describe<kK, kPass>(call, tile);
   const int shared = Memory(m).end;
   const auto kernel = ToeplitzKernel<T, kK, kPass, kBlock>;
-  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  AllowDynamicMemory(kernel, shared);
   const auto blocks = static_cast<unsigned>(CeilDiv(m.total_segments, m.segments) * m.channel_blocks.value);
   kernel<<<blocks, Memory::kThreads, shared, call.stream>>>(
       m, static_cast<const T*>(call.source), static_cast<const T*>(call.filter), static_cast<T*>(call.result));
