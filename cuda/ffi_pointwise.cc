@@ -1,5 +1,6 @@
-#include <limits>
+#include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "cuda/ffi_problem.h"
 #include "cuda/handlers.h"
@@ -11,9 +12,11 @@ namespace dwsconv::cuda {
 
 namespace ffi = xla::ffi;
 
+constexpr int64_t kMostPixels = int64_t{1} << 30, kMostChannels = int64_t{1} << 20;
+
 // x: (N, H, W, C); kernel: (C, F); scale, bias: (F) of float32; residual, y: (N, H, W, F); gate: (N, C). Of scale,
-// bias, residual and gate any may be of shape (0,): not there. All others are of one 16-bit type. Attributes:
-// activation, as for fused_forward, and since.
+// bias, residual and gate any may be of shape (0,): not there. All others are of one type; float32 is multiplied as
+// TF32. Attributes: activation, as for fused_forward, since, and where a plan is forced, tile.
 static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dictionary attrs, ffi::AnyBuffer x,
                                 ffi::AnyBuffer kernel, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
                                 ffi::AnyBuffer residual, ffi::AnyBuffer gate, ffi::Result<ffi::AnyBuffer> y) {
@@ -25,7 +28,8 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
       yd[2] != xd[2] || yd[3] != kd[1]) {
     return invalid("x must be (N, H, W, C), kernel (C, F) and the result (N, H, W, F)");
   }
-  if (attrs.size() != 2) return invalid("the attributes must be activation and since");
+  const std::string_view forced = ForcedTile(attrs);
+  if (attrs.size() != (forced.empty() ? 2 : 3)) return invalid("the attributes must be activation and since");
   const auto dtype = DtypeOf(x.element_type());
   for (const auto type : {kernel.element_type(), gate.element_type(), y->element_type()}) {
     if (type != x.element_type()) return invalid("x, kernel, gate and the result must be of one type");
@@ -34,24 +38,30 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   if (!gated && !(gd.size() == 1 && gd[0] == 0)) return invalid("gate must be (N, C) or (0,)");
   const auto epilogue = DecodeEpilogue("pointwise", yd[3], attrs, scale, bias, residual, *y);
   if (!epilogue) return epilogue.error();
-  if (xd[3] % 8 != 0 || yd[3] % 4 != 0 || xd[0] * xd[1] * xd[2] > std::numeric_limits<int32_t>::max() - 16 ||
-      CeilDiv(yd[3], 32) > 65535) {
-    return invalid("the channels must be a multiple of 8 and the features of 4, with fewer than 2^31 pixels");
+  if (xd[0] * xd[1] * xd[2] > kMostPixels || xd[3] > kMostChannels || yd[3] > kMostChannels) {
+    return invalid("there must be at most 2^30 pixels and 2^20 channels and features");
   }
   if (y->element_count() == 0) return ffi::Error::Success();
+  if (!dtype) return FinishLaunch("pointwise", false, stream);
   const auto device = DescribeDevice(ordinal);
   if (!device) return device.error();
-  if (device->capability < 80) return invalid("needs code for compute capability 8.0 or newer");
-  const void* const factors = gated ? gate.untyped_data() : nullptr;
-  const int64_t of_features = Alignment(kernel.untyped_data(), y->untyped_data(), epilogue->residual);
-  if (Alignment(x.untyped_data(), factors) < 16 || of_features < (yd[3] % 8 == 0 ? 16 : 8)) {
-    return invalid("the buffers must be aligned to 16 bytes, those of features to 8 where they are no multiple of 8");
+  const PointwiseCall call{{xd[0], xd[1] * xd[2], xd[3], yd[3], *dtype, gated},
+                           *epilogue,
+                           x.untyped_data(),
+                           kernel.untyped_data(),
+                           gated ? gate.untyped_data() : nullptr,
+                           y->untyped_data(),
+                           stream};
+  const int64_t alignment = Alignment(call.kernel, call.result, epilogue->residual);
+  const bool aligned = Alignment(call.source, call.gate) == 16;
+  const PointwisePlan plan = PlanPointwise(call.problem, *device, aligned ? alignment : 0, forced);
+  if (plan.kernel == PointwisePlan::Kernel::kNone) {
+    return invalid(
+        "needs compute capability 8.0 or newer, channels that are a multiple of 16 bytes, features of 4, and buffers "
+        "aligned to 16 bytes");
   }
-  const bool launched =
-      dtype && LaunchPointwise({xd[0], xd[1] * xd[2], xd[3], yd[3], *dtype, *epilogue, x.untyped_data(),
-                                kernel.untyped_data(), factors, y->untyped_data(), stream},
-                               device->multiprocessors);
-  return FinishLaunch("pointwise", launched, stream);
+  NoteForcedPlan(forced, plan.Text());
+  return FinishLaunch("pointwise", LaunchPointwise(call, plan, *device), stream);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Pointwise, PointwiseImpl,

@@ -85,10 +85,7 @@ class Plans {
 
  private:
   static Plan Noted(const PlanKey& key, const Plan& plan) {
-    if (!key.forced.empty()) {
-      const std::lock_guard<std::mutex> lock(last_forced_mutex);
-      last_forced_plan = plan.Text();
-    }
+    NoteForcedPlan(key.forced, key.forced.empty() ? "" : plan.Text());
     return plan;
   }
 
@@ -157,6 +154,12 @@ ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream) 
 }
 
 int64_t CapturedCalls() { return captured_calls; }
+
+void NoteForcedPlan(std::string_view forced, const std::string& planned) {
+  if (forced.empty()) return;
+  const std::lock_guard<std::mutex> lock(last_forced_mutex);
+  last_forced_plan = planned;
+}
 
 std::string LastForcedPlan() {
   const std::lock_guard<std::mutex> lock(last_forced_mutex);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/plan.h"
+#include "cuda/plan_pointwise.h"
 #include "cuda/plan_quantized.h"
 
 namespace nb = nanobind;
@@ -73,6 +74,11 @@ Problem MakeProblem(Four shape, Pair kernel, Pair strides, Four padding, Pair di
   return p;
 }
 
+Device MakeDevice(const Four& facts) {
+  return {static_cast<int>(facts[0]), static_cast<int>(facts[1]), static_cast<int>(facts[2]),
+          static_cast<int>(facts[3])};
+}
+
 template <class Plans>
 Candidates Show(const Plans& plans) {
   Candidates shown;
@@ -84,8 +90,7 @@ Candidates Show(const Plans& plans) {
 Candidates Plan(const std::string& op, Four shape, Pair kernel, Pair strides, Four padding, Pair dilation,
                 const std::string& layout, const std::string& dtype, Four device, int64_t max_splits) {
   const Problem p = MakeProblem(shape, kernel, strides, padding, dilation, layout, dtype);
-  const Device facts{static_cast<int>(device[0]), static_cast<int>(device[1]), static_cast<int>(device[2]),
-                     static_cast<int>(device[3])};
+  const Device facts = MakeDevice(device);
   if (p.x_elements() <= 0 || p.y_elements() <= 0) throw std::invalid_argument("input and output must not be empty");
   Candidates found;
   if ((p.x_dtype == Dtype::kI8) != (op == "quantized_forward")) {
@@ -106,6 +111,19 @@ Candidates Plan(const std::string& op, Four shape, Pair kernel, Pair strides, Fo
   return found;
 }
 
+// The same for a pointwise convolution of x, (N, H, W, C), to `features`; nothing where no kernel takes it.
+Candidates PlanPointwiseConvolution(const Four& shape, int64_t features, const std::string& dtype, bool gated,
+                                    const Four& device) {
+  const PointwiseProblem p{shape[0], shape[1] * shape[2], shape[3], features, DtypeNamed(dtype), gated};
+  if (p.pixels() <= 0 || p.channels <= 0 || features <= 0) throw std::invalid_argument("nothing may be empty");
+  const Device facts = MakeDevice(device);
+  const PointwisePlan chosen = PlanPointwise(p, facts, kAlignment, "");
+  if (chosen.kernel == PointwisePlan::Kernel::kNone) return {};
+  Candidates found = Show(std::vector{chosen});
+  for (auto& candidate : Show(PointwiseCandidates(p, facts, kAlignment))) found.push_back(candidate);
+  return found;
+}
+
 }  // namespace
 }  // namespace dwsconv
 
@@ -117,4 +135,6 @@ NB_MODULE(_plan, m) {
         "The chosen plan, then all candidates, as (text, estimated cycles). device: multiprocessors, capability, bytes "
         "of "
         "shared memory of a multiprocessor and of a block.");
+  m.def("plan_pointwise", dwsconv::PlanPointwiseConvolution, nb::arg("shape"), nb::arg("features"), nb::arg("dtype"),
+        nb::arg("gated"), nb::arg("device"), "The same for a pointwise convolution; empty where no kernel takes it.");
 }

@@ -1,43 +1,47 @@
 #include "cuda/dtypes.cuh"
-#include "cuda/pointwise.cuh"
+#include "cuda/pointwise_split.cuh"
 
 namespace dwsconv::cuda {
 namespace {
 
 template <class T, int kFeatures>
-void Launch(const PointwiseCall& call) {
-  PointwiseTask m{};
-  m.pixels = static_cast<int>(call.images * call.pixels_per_image);
-  m.channels = static_cast<int>(call.channels);
-  m.features = static_cast<int>(call.features);
-  m.pixels_per_image = Divisor(static_cast<uint32_t>(call.pixels_per_image));
-  m.gate = call.gate;
-  m.epilogue = DescribeEpilogue(call.epilogue);
-  const dim3 blocks(static_cast<unsigned>(CeilDiv(m.pixels, kPointwisePixels)),
-                    static_cast<unsigned>(CeilDiv(m.features, 8 * kFeatures)));
-  PointwiseKernel<T, kFeatures><<<blocks, 32 * kPointwiseWarps, 0, call.stream>>>(
-      m, static_cast<const T*>(call.source), static_cast<const T*>(call.kernel), static_cast<T*>(call.result));
-}
-
-// Wide tiles where they occupy most multiprocessors: they read the pixels less often.
-template <class T>
-void LaunchFor(const PointwiseCall& call, int multiprocessors) {
-  const int64_t pixel_tiles = CeilDiv(call.images * call.pixels_per_image, kPointwisePixels);
-  const bool wide = call.features % 8 == 0 && 4 * pixel_tiles * CeilDiv(call.features, 64) >= 3 * multiprocessors;
-  wide ? Launch<T, 8>(call) : Launch<T, 4>(call);
+void LaunchSplit(const PointwiseCall& call) {
+  const PointwiseProblem& p = call.problem;
+  const dim3 blocks(static_cast<unsigned>(CeilDiv(p.pixels(), PointwiseSplit::kPixels)),
+                    static_cast<unsigned>(CeilDiv(p.features, 8 * kFeatures)));
+  PointwiseSplitKernel<T, kFeatures><<<blocks, 32 * PointwiseSplit::kWarps, 0, call.stream>>>(
+      DescribePointwise(call), static_cast<const T*>(call.source), static_cast<const T*>(call.kernel),
+      static_cast<T*>(call.result));
 }
 
 }  // namespace
 
-bool LaunchPointwise(const PointwiseCall& call, int multiprocessors) {
-  if (call.dtype == Dtype::kBF16) {
-    LaunchFor<BFloat16>(call, multiprocessors);
-  } else if (call.dtype == Dtype::kF16) {
-    LaunchFor<Float16>(call, multiprocessors);
-  } else {
-    return false;
+PointwiseTask DescribePointwise(const PointwiseCall& call) {
+  const PointwiseProblem& p = call.problem;
+  PointwiseTask m{};
+  m.pixels = static_cast<int>(p.pixels());
+  m.channels = static_cast<int>(p.channels);
+  m.features = static_cast<int>(p.features);
+  m.images = static_cast<int>(p.images);
+  m.pixels_per_image = Divisor(static_cast<uint32_t>(p.pixels_per_image));
+  m.gate = call.gate;
+  m.epilogue = DescribeEpilogue(call.epilogue);
+  return m;
+}
+
+bool LaunchPointwise(const PointwiseCall& call, const PointwisePlan& plan, const Device& device) {
+  switch (plan.kernel) {
+    case PointwisePlan::Kernel::kNone: return false;
+    case PointwisePlan::Kernel::kTiles:
+      return LaunchPointwiseTile(call, plan.tile, PointwiseShape(call.problem, plan.tile, device));
+    case PointwisePlan::Kernel::kSplit:
+      return WithDtype(call.problem.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        plan.split.features == 8 ? LaunchSplit<T, 8>(call) : LaunchSplit<T, 4>(call);
+        return true;
+      });
   }
-  return true;
+  return false;
 }
 
 }  // namespace dwsconv::cuda

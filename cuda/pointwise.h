@@ -1,4 +1,4 @@
-// What the kernel of pointwise convolution (pointwise.cuh) takes, and its launcher.
+// What the kernels of pointwise convolution (pointwise_split.cuh, pointwise_tiles.cuh) take, and their launchers.
 #ifndef JAX_DWSCONV_CUDA_POINTWISE_H_
 #define JAX_DWSCONV_CUDA_POINTWISE_H_
 
@@ -8,14 +8,14 @@
 
 #include "cuda/divisor.h"
 #include "cuda/epilogue.h"
+#include "cuda/plan_pointwise.h"
 #include "cuda/problem.h"
 
 namespace dwsconv::cuda {
 
-// result = activation((source * gate) kernel * scale + bias + residual), of one 16-bit type.
+// result = activation((source * gate) kernel * scale + bias + residual), all of one type.
 struct PointwiseCall {
-  int64_t images, pixels_per_image, channels, features;  // channels: a multiple of 8, features: of 4
-  Dtype dtype;
+  PointwiseProblem problem;
   Epilogue epilogue;
   const void* source;  // (images, pixels_per_image, channels)
   const void* kernel;  // (channels, features)
@@ -25,15 +25,21 @@ struct PointwiseCall {
 };
 
 struct PointwiseTask {
-  int pixels, channels, features;
+  int pixels, channels, features, images;
   Divisor pixels_per_image;
   const void* gate;
   FusedEpilogue epilogue;
+  // Of PointwiseShape.
+  Divisor feature_tiles;
+  int pixel_tiles, gates, kernel_chunks;
 };
 
-// Returns false where there is no instance. Addresses must be multiples of 16 bytes, or of 8 with features that are no
-// multiple of 8.
-bool LaunchPointwise(const PointwiseCall& call, int multiprocessors);
+// What both kernels have of the task.
+PointwiseTask DescribePointwise(const PointwiseCall& call);
+
+// Return false where there is no instance.
+bool LaunchPointwise(const PointwiseCall& call, const PointwisePlan& plan, const Device& device);
+bool LaunchPointwiseTile(const PointwiseCall& call, const PointwiseTile& tile, const PointwiseShape& shape);
 
 }  // namespace dwsconv::cuda
 

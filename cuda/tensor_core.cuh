@@ -57,6 +57,23 @@ __device__ __forceinline__ void WaitForCopies() {
 #endif
 }
 
+// Four matrices of eight rows of 16 bytes in shared memory: lane l gives row l % 8 of matrix l / 8, and gets of every
+// matrix word l % 4 of row l / 4.
+__device__ __forceinline__ void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+// A float rounded to what the tensor cores take of it.
+__device__ __forceinline__ uint32_t ToTF32(uint32_t word) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(word)));
+  return rounded;
+}
+
 // The low or the high halves of two words.
 __device__ __forceinline__ uint32_t PickHalves(uint32_t first, uint32_t second, bool high) {
   return __byte_perm(first, second, high ? 0x7632 : 0x5410);
@@ -96,6 +113,19 @@ __device__ __forceinline__ void MultiplyHalf(uint32_t a0, uint32_t a1, uint32_t 
 }
 #undef DWSCONV_MMA
 #undef DWSCONV_HALF_MMA
+
+// d += a * b, sixteen rows, eight columns, terms of 32 bytes.
+template <class T>
+__device__ __forceinline__ void MultiplyAdd(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    MultiplyWhole<T>(a[0], a[1], a[2], a[3], b[0], b[1], d, d);
+  }
+}
 
 // The same with 8 terms per pair of words.
 template <class T, int kPairs>

@@ -95,3 +95,27 @@ def plan(
     )
     chosen, *candidates = (Plan(*each) for each in found)
     return chosen, list(dict.fromkeys(candidates))
+
+
+def plan_pointwise(
+    shape: tuple[int, int, int, int], features: int, dtype: str, gated: bool = False, device: Device = DEVICES["h100"]
+) -> tuple[Plan, list[Plan]] | None:
+    """The same for a pointwise convolution, or None where no kernel takes it.
+
+    Args:
+      shape: of x, (N, H, W, C).
+      features: of the result.
+      dtype: of all operands.
+      gated: whether x is multiplied by a gate.
+      device: the facts about the GPU.
+
+    Raises:
+      ValueError: something is empty.
+    """
+    from jax_dwsconv import _plan  # noqa: PLC0415
+
+    found = _plan.plan_pointwise(shape, features, dtype, gated, tuple(device))
+    if not found:
+        return None
+    chosen, *candidates = (Plan(*each) for each in found)
+    return chosen, candidates

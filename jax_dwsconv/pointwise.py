@@ -1,7 +1,7 @@
 """Pointwise (1x1) convolution: a matrix product over the channels, and what precedes and follows it.
 
-It is XLA's matrix product, which XLA records in CUDA graphs and fuses with its neighbours, but for small problems of
-16-bit types on a GPU, where it takes one kernel of ours instead of two to four.
+On a GPU it is one kernel of ours where that is expected to be faster than XLA's matrix product and the two or three
+kernels that XLA often makes of what precedes and follows it. Elsewhere it is XLA's, which XLA records in CUDA graphs.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax import lax, numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_dwsconv import _arguments, _config, _epilogue, _native, lowering
+from jax_dwsconv import _arguments, _config, _epilogue, _native, _planning, lowering
 from jax_dwsconv._epilogue import Activation
 
 PARTS = ("scale", "bias", "residual", "gate")
@@ -201,25 +201,61 @@ batching.primitive_batchers[pointwise_p] = _batch
 # Lowering -------------------------------------------------------------------------------------------------------------
 
 
-def pays(pixels: int, channels: int, features: int) -> bool:
-    """Whether our kernel is expected to be faster than XLA's matrix product and what XLA makes of the rest, on an H100.
+def pays(shape: tuple[int, int, int, int], features: int, dtype: str, parts: tuple[str, ...], activation) -> bool:
+    """Whether our kernel is expected to be faster than what XLA makes of x of this shape, on an H100.
 
-    That is so where the result is small: there XLA divides the channels and adds up in further kernels, or leaves what
-    follows to another. docs/performance.md has the measurements.
+    docs/performance.md has the measurements.
     """
-    return channels >= 32 and pixels * features <= 200_000 and pixels * channels * features <= 1.5e8
+    plans = _planning.plan_pointwise(shape, features, dtype, "gate" in parts)
+    return plans is not None and plans[0].cycles / _CYCLES < _by_xla(shape, features, dtype, parts, activation)
 
 
-def _has_kernel(ctx, parts, out_dtype) -> bool:
+_CYCLES = 1755  # of a microsecond
+
+
+def _by_xla(shape, features, dtype, parts, activation) -> float:
+    """Microseconds: fitted to EfficientNet-B0 and MobileNetV1 at batch 32 with constant weights.
+
+    There the matrix product is a kernel of its own, with sums in float32, and what goes before and after it are two
+    more.
+    """
+    *pixels, channels = shape
+    pixels = math.prod(pixels)
+    size, source, result = np.dtype(dtype).itemsize, pixels * channels, pixels * features
+    follows = activation is not None or not {"scale", "bias", "residual"}.isdisjoint(parts)
+    moved = size * (source + channels * features) + (4 if follows else size) * result
+    products = 2 * source * features / (6e8 if size == 2 else 3e8)
+    time = 2.2 + 0.0023 * min(size * channels, 1200) + max(moved / 3.3e6, products)
+    if follows:
+        time += 1.2 + (4 + (2 if "residual" in parts else 1) * size) * result / 3.9e6
+    if "gate" in parts:
+        time += 1.2 + 2 * size * source / 3.9e6
+    return time
+
+
+def _has_kernel(ctx, parts, activation, precision, out_dtype) -> bool:
     x, kernel, *others = ctx.avals_in
-    if out_dtype not in (jnp.bfloat16, jnp.float16) or getattr(ctx.module_context.axis_context, "num_devices", 0) != 1:
-        return False
-    if not all(isinstance(d, int) for d in x.shape) or x.shape[3] % 8 != 0 or kernel.shape[1] % 4 != 0:
-        return False
     dtypes = {a.dtype for name, a in zip(parts, others, strict=True) if name in ("residual", "gate")}
-    if dtypes | {x.dtype, kernel.dtype} != {out_dtype} or not pays(math.prod(x.shape[:3]), *kernel.shape):
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 0)
+    allowed = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if _allows_tf32(precision) else ()))
+    if devices != 1 or out_dtype not in allowed or dtypes | {x.dtype, kernel.dtype} != {out_dtype}:
         return False
-    return _native.why_unavailable("cuda") is None and _newest_capability() >= (8, 0)
+    if not all(isinstance(d, int) for d in x.shape) or 0 in (*x.shape, *kernel.shape):
+        return False
+    if math.prod(x.shape[:3]) > _MOST_PIXELS or max(kernel.shape) > _MOST_CHANNELS:
+        return False
+    if _native.why_unavailable("cuda") is not None or _newest_capability() < (8, 0):
+        return False
+    return pays(x.shape, kernel.shape[1], out_dtype.name, parts, activation)
+
+
+_MOST_PIXELS, _MOST_CHANNELS = 2**30, 2**20  # of the kernel
+
+
+def _allows_tf32(precision) -> bool:
+    """Whether a product of float32 may round its operands to TF32, as XLA does on a GPU by default."""
+    pair = precision if isinstance(precision, tuple) else (precision, precision)
+    return all(p in (None, "default", "fastest", "tensorfloat32", lax.Precision.DEFAULT) for p in pair)
 
 
 def _newest_capability() -> tuple[int, int]:
@@ -228,12 +264,14 @@ def _newest_capability() -> tuple[int, int]:
 
 
 def _lower_for_cuda(ctx, *operands, parts, activation, precision, out_dtype):
-    if not _has_kernel(ctx, parts, out_dtype):
+    if not _has_kernel(ctx, parts, activation, precision, out_dtype):
         params = {"parts": parts, "activation": activation, "precision": precision, "out_dtype": out_dtype}
         return mlir.lower_fun(functools.partial(_in_lax, **params), multiple_results=False)(ctx, *operands)
     dtypes = {part: np.dtype(np.float32) if part in ("scale", "bias") else out_dtype for part in PARTS}
     ctx, operands = lowering.with_empty(ctx, operands, parts, dtypes)
     attributes = {"activation": activation or "none", "since": _native.SINCE["pointwise"]}
+    if tile := _config.forced_tile():
+        attributes["tile"] = tile
     return jax.ffi.ffi_lowering(_native.TARGETS["pointwise"])(ctx, *operands, **attributes)
 
 

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 from jax.test_util import check_grads
 
 import jax_dwsconv
-from jax_dwsconv import _epilogue, _native, pointwise
+from jax_dwsconv import _epilogue, _native, _planning, pointwise
 
 # Pixels, channels and features beside what the kernel divides by: 16 pixels, 32 and 256 channels, 32 and 64 features.
 SHAPES = [
@@ -67,7 +67,7 @@ def test_against_float64(shape, dtype, parts):
     expected = reference(x, kernel, others, activation)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     if jax.default_backend() == "gpu":
-        assert is_ours(function, x, kernel, others) == (dtype != "float32" and shape[3] >= 32)
+        assert is_ours(function, x, kernel, others) == (dtype != "float32")
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
@@ -161,6 +161,62 @@ def test_errors(change, message):
     arguments = {"x": jnp.ones((2, 3, 3, 8)), "kernel": jnp.ones((8, 4))} | change
     with pytest.raises(ValueError, match=message):
         jax_dwsconv.pointwise_conv2d(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [("bias",), ("gate",), ("scale", "bias", "residual", "gate")], ids="+".join)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 23, 31, 24, 144), (700, 1, 1, 40, 8), (5, 40, 40, 16, 96)], ids=str)
+def test_every_kind_of_tile(shape, dtype, parts, monkeypatch):
+    """The planner takes the best; here the others show that they are right, too. float32 is multiplied as TF32."""
+    x, kernel, others = operands(shape, dtype, parts)
+    expected = reference(x, kernel, others, "relu")
+    monkeypatch.setattr(pointwise, "pays", lambda *_: True)
+    tolerance = max(TOLERANCE[dtype], 2e-3) * np.abs(expected).max()
+    *image, features = shape
+    device = _planning.visible_device() or _planning.DEVICES["h100"]
+    plans = _planning.plan_pointwise(tuple(image), features, dtype, "gate" in parts, device)
+    for plan in plans[1]:
+        monkeypatch.setenv("JAX_DWSCONV_TILE", plan.text)
+
+        def function(x, kernel, others):
+            return jax_dwsconv.pointwise_conv2d(x, kernel, activation="relu", precision="default", **others)
+
+        y = jax.jit(function)(x, kernel, others)
+        assert _native.load("cuda").last_forced_plan() == plan.text
+        np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=tolerance, err_msg=plan.text)
+
+
+@pytest.mark.parametrize("precision", ["highest", "tensorfloat32", "default"])
+def test_float32_is_rounded_only_where_that_is_allowed(precision):
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    x, kernel, _ = operands((2, 14, 14, 64, 96), "float32")
+    function = functools.partial(jax_dwsconv.pointwise_conv2d, activation="relu", precision=precision)
+    assert is_ours(function, x, kernel) == (precision != "highest")
+
+
+def test_the_choice_is_the_candidate_of_the_least_estimate():
+    for shape, features in (((1, 7, 7, 960), 160), ((32, 112, 112, 16), 96), ((8, 28, 28, 40), 240)):
+        for dtype in TOLERANCE:
+            chosen, candidates = _planning.plan_pointwise(shape, features, dtype)
+            assert chosen == min(candidates, key=lambda plan: plan.cycles)
+            assert all(plan.cycles > 0 for plan in candidates)
+
+
+@pytest.mark.parametrize(("channels", "features", "dtype"), [(12, 8, "bfloat16"), (6, 8, "float32"), (8, 6, "float16")])
+def test_what_no_kernel_takes(channels, features, dtype):
+    assert _planning.plan_pointwise((1, 8, 8, channels), features, dtype) is None
+
+
+def test_few_pixels_and_many_channels_divide_the_channels():
+    assert _planning.plan_pointwise((1, 7, 7, 960), 160, "bfloat16")[0].text.startswith("pointwise_split:")
+    assert _planning.plan_pointwise((32, 112, 112, 16), 96, "float32")[0].text.startswith("pointwise_tiles:")
+
+
+def test_pays_where_the_rest_costs_passes():
+    assert pointwise.pays((32, 112, 112, 16), 96, "bfloat16", ("bias",), "relu6")
+    assert not pointwise.pays((32, 14, 14, 1024), 1024, "bfloat16", (), None)  # XLA's product is all that there is
 
 
 @pytest.mark.gpu

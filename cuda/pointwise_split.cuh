@@ -5,8 +5,8 @@
 //
 // A matrix product is a sum over channels, whatever their order, so each lane takes eight neighbouring channels of a
 // pixel at the places where the instruction wants others; and neighbouring features go to different products.
-#ifndef JAX_DWSCONV_CUDA_POINTWISE_CUH_
-#define JAX_DWSCONV_CUDA_POINTWISE_CUH_
+#ifndef JAX_DWSCONV_CUDA_POINTWISE_SPLIT_CUH_
+#define JAX_DWSCONV_CUDA_POINTWISE_SPLIT_CUH_
 
 #include "cuda/epilogue.cuh"
 #include "cuda/pointwise.h"
@@ -14,13 +14,12 @@
 
 namespace dwsconv::cuda {
 
-constexpr int kPointwiseWarps = 8, kPointwisePixels = 16;
-constexpr int kLaneChannels = 8, kChunkChannels = 4 * kLaneChannels;  // in two products of 16
-
-// What a lane multiplies of 32 channels: eight channels of pixels `group` and `group + 8`, and their rows of the
-// kernel, kFeatures neighbouring features of each.
+// What a lane multiplies in two products of a quad: 16 bytes of channels of pixels `group` and `group + 8`, and their
+// rows of the kernel, kFeatures neighbouring features of each.
 template <class T, int kFeatures>
 struct PointwiseChunk {
+  static constexpr int kLaneChannels = 16 / sizeof(T), kChannels = 4 * kLaneChannels;
+
   Packed<T, kLaneChannels> pixels[2];
   Packed<T, kFeatures> rows[kLaneChannels];
 
@@ -60,36 +59,49 @@ struct PointwiseChunk {
   __device__ __forceinline__ void AddTo(float (&sums)[kFeatures][4]) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = Operand(pixels[i % 2].words.at[2 * step + i / 2]);
 #pragma unroll
       for (int j = 0; j < kFeatures; ++j) {
-        const auto pair = [&](int r) {
-          return PickHalves(rows[r].words.at[j / 2], rows[r + 1].words.at[j / 2], j % 2 == 1);
-        };
-        MultiplyWhole<T>(pixels[0].words.at[2 * step], pixels[1].words.at[2 * step], pixels[0].words.at[2 * step + 1],
-                         pixels[1].words.at[2 * step + 1], pair(4 * step), pair(4 * step + 2), sums[j], sums[j]);
+        const uint32_t b[2] = {Row(2 * step, j), Row(2 * step + 1, j)};
+        MultiplyAdd<T>(a, b, sums[j]);
       }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t Operand(uint32_t word) { return sizeof(T) == 4 ? ToTF32(word) : word; }
+
+  // Feature j of the channels of word r.
+  __device__ __forceinline__ uint32_t Row(int r, int j) const {
+    if constexpr (sizeof(T) == 4) {
+      return ToTF32(rows[r].words.at[j]);
+    } else {
+      return PickHalves(rows[2 * r].words.at[j / 2], rows[2 * r + 1].words.at[j / 2], j % 2 == 1);
     }
   }
 };
 
 // The grid's x is the tile of sixteen pixels, its y the tile of 8 * kFeatures features.
 template <class T, int kFeatures>
-__global__ void __launch_bounds__(32 * kPointwiseWarps)
-    PointwiseKernel(const __grid_constant__ PointwiseTask m, const T* __restrict__ source, const T* __restrict__ kernel,
-                    T* __restrict__ result) {
+__global__ void __launch_bounds__(32 * PointwiseSplit::kWarps)
+    PointwiseSplitKernel(const __grid_constant__ PointwiseTask m, const T* __restrict__ source,
+                         const T* __restrict__ kernel, T* __restrict__ result) {
 #if __CUDA_ARCH__ >= 800
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-  const int first_pixel = blockIdx.x * kPointwisePixels, first_feature = blockIdx.y * 8 * kFeatures;
+  const int first_pixel = blockIdx.x * PointwiseSplit::kPixels, first_feature = blockIdx.y * 8 * kFeatures;
 
-  constexpr int kStep = kPointwiseWarps * kChunkChannels;
+  using Chunk = PointwiseChunk<T, kFeatures>;
+  constexpr int kWarps = PointwiseSplit::kWarps, kStep = kWarps * Chunk::kChannels;
   float sums[kFeatures][4] = {};
-  PointwiseChunk<T, kFeatures> chunks[2];  // one is loaded while the other is multiplied
-  int channel = warp * kChunkChannels + quad * kLaneChannels;
+  Chunk chunks[2];  // one is loaded while the other is multiplied
+  int channel = warp * Chunk::kChannels + quad * Chunk::kLaneChannels;
   const auto load = [&](int which) {
     chunks[which].Load(m, source, kernel, first_pixel + group, first_feature + group * kFeatures, channel);
     channel += kStep;
   };
-  const int steps = (m.channels - warp * kChunkChannels + kStep - 1) / kStep;
+  const int steps = (m.channels - warp * Chunk::kChannels + kStep - 1) / kStep;
   if (steps > 0) load(0);
   for (int step = 0; step < steps; step += 2) {
     if (step + 1 < steps) load(1);
@@ -102,9 +114,9 @@ __global__ void __launch_bounds__(32 * kPointwiseWarps)
   // Of each of its two pixels a lane has two neighbouring vectors of kFeatures features. Every warp adds up half of one
   // of these four.
   constexpr int kHalf = kFeatures / 2;
-  __shared__ Packed<float, kHalf> parts[kPointwiseWarps][kPointwiseWarps][32];
+  __shared__ Packed<float, kHalf> parts[kWarps][kWarps][32];
 #pragma unroll
-  for (int part = 0; part < kPointwiseWarps; ++part) {
+  for (int part = 0; part < kWarps; ++part) {
     float values[kHalf];
 #pragma unroll
     for (int v = 0; v < kHalf; ++v) values[v] = sums[part % 2 * kHalf + v][part / 2];
@@ -113,7 +125,7 @@ __global__ void __launch_bounds__(32 * kPointwiseWarps)
   __syncthreads();
   float values[1][kHalf] = {};
 #pragma unroll
-  for (int other = 0; other < kPointwiseWarps; ++other) {  // always in this order
+  for (int other = 0; other < kWarps; ++other) {  // always in this order
     float part[kHalf];
     parts[other][warp][lane].Unpack(part);
 #pragma unroll
@@ -135,4 +147,4 @@ __global__ void __launch_bounds__(32 * kPointwiseWarps)
 
 }  // namespace dwsconv::cuda
 
-#endif  // JAX_DWSCONV_CUDA_POINTWISE_CUH_
+#endif  // JAX_DWSCONV_CUDA_POINTWISE_SPLIT_CUH_

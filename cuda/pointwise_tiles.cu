@@ -1,0 +1,43 @@
+#include "cuda/dtypes.cuh"
+#include "cuda/dynamic_memory.h"
+#include "cuda/pointwise_tiles.cuh"
+
+namespace dwsconv::cuda {
+namespace {
+
+template <class T, int kRowTiles, int kDown, int kAcross, int kSteps, int kStages>
+void LaunchTiles(const PointwiseCall& call, const PointwiseShape& shape) {
+  PointwiseTask m = DescribePointwise(call);
+  m.feature_tiles = Divisor(static_cast<uint32_t>(shape.feature_tiles));
+  m.pixel_tiles = static_cast<int>(shape.pixel_tiles);
+  m.gates = shape.gates;
+  m.kernel_chunks = shape.kernel_chunks;
+  const auto kernel = shape.gates > 0 ? PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, true>
+                                      : PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, false>;
+  AllowDynamicMemory(kernel, shape.bytes);
+  constexpr PointwiseTile kTile{kRowTiles, kDown, kAcross, kSteps, kStages};
+  kernel<<<static_cast<unsigned>(shape.down * shape.feature_tiles), kTile.threads(), shape.bytes, call.stream>>>(
+      m, static_cast<const T*>(call.source), static_cast<const T*>(call.kernel), static_cast<T*>(call.result));
+}
+
+template <class T>
+bool LaunchTilesOf(const PointwiseCall& call, const PointwiseTile& tile, const PointwiseShape& shape) {
+#define DWSCONV_TRY(kRowTiles, kDown, kAcross, kSteps, kStages)                                              \
+  if (tile.row_tiles == kRowTiles && tile.down == kDown && tile.across == kAcross && tile.steps == kSteps && \
+      tile.stages == kStages) {                                                                              \
+    LaunchTiles<T, kRowTiles, kDown, kAcross, kSteps, kStages>(call, shape);                                 \
+    return true;                                                                                             \
+  }
+  DWSCONV_POINTWISE_TILES(DWSCONV_TRY)
+#undef DWSCONV_TRY
+  return false;
+}
+
+}  // namespace
+
+bool LaunchPointwiseTile(const PointwiseCall& call, const PointwiseTile& tile, const PointwiseShape& shape) {
+  return WithDtype(call.problem.dtype,
+                   [&](auto type) { return LaunchTilesOf<typename decltype(type)::type>(call, tile, shape); });
+}
+
+}  // namespace dwsconv::cuda
