@@ -47,6 +47,7 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   if (!device) return device.error();
   const PointwiseCall call{{xd[0], xd[1] * xd[2], xd[3], yd[3], *dtype, gated},
                            *epilogue,
+                           {},
                            x.untyped_data(),
                            kernel.untyped_data(),
                            gated ? gate.untyped_data() : nullptr,

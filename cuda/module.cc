@@ -46,6 +46,7 @@ NB_MODULE(_cuda, m) {
         handlers["grad_filter"] = capsule(dwsconv::cuda::GradFilter);
         handlers["pointwise"] = capsule(dwsconv::cuda::Pointwise);
         handlers["quantized_forward"] = capsule(dwsconv::cuda::QuantizedForward);
+        handlers["quantized_pointwise"] = capsule(dwsconv::cuda::QuantizedPointwise);
         handlers["needs_newer_version"] = capsule(dwsconv::NeedsNewerVersion);
         return handlers;
       },

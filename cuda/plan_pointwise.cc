@@ -39,7 +39,7 @@ constexpr double kGateCost = 1.25;  // times as long
 double TileCycles(const PointwiseProblem& p, const PointwiseTile& tile, const PointwiseShape& shape, int number,
                   const Device& device) {
   const int element = static_cast<int>(BytesOf(p.dtype));
-  const Costs& costs = element == 2 ? kCosts16 : kCosts32;
+  const Costs& costs = element == 4 ? kCosts32 : kCosts16;
   const TileCosts& cost = costs.tiles[number];
   const double chunks = static_cast<double>(CeilDiv(p.channels, tile.channels(element)));
   const double steps = static_cast<double>(CeilDiv(p.channels * element, 32));
@@ -64,17 +64,21 @@ double SplitCycles(const PointwiseProblem& p, int features, const Device& device
 template <class Visit>
 void ForEachPlan(const PointwiseProblem& p, const Device& device, int64_t alignment, const Visit& visit) {
   const int64_t element = BytesOf(p.dtype);
-  const bool floats = p.dtype == Dtype::kF32 || p.dtype == Dtype::kBF16 || p.dtype == Dtype::kF16;
-  if (device.capability < 80 || !floats || p.channels * element % 16 != 0 || p.features % 4 != 0) return;
+  const bool has_kernels =
+      p.dtype == Dtype::kF32 || p.dtype == Dtype::kBF16 || p.dtype == Dtype::kF16 || (element == 1 && !p.gated);
+  if (device.capability < 80 || !has_kernels) return;
   for (const int features : {4, 8}) {
-    if (p.features % features != 0 || alignment < std::min<int64_t>(16, features * element)) continue;
+    if (p.channels * element % 16 != 0 || p.features % features != 0 || (element == 1 && features != 4) ||
+        alignment < std::min<int64_t>(16, features * element))
+      continue;
     PointwisePlan plan;
     plan.kernel = PointwisePlan::Kernel::kSplit;
     plan.split = {features};
     plan.cycles = SplitCycles(p, features, device);
     visit(plan);
   }
-  if (p.features * element % 16 != 0 || alignment < 16) return;
+  const int64_t piece = PointwiseTile::piece_bytes(static_cast<int>(element));
+  if (p.channels * element % piece != 0 || p.features * element % piece != 0 || alignment < piece) return;
   int number = 0;
 #define DWSCONV_VISIT(...) PointwiseTile{__VA_ARGS__},
   for (const PointwiseTile& tile : {DWSCONV_POINTWISE_TILES(DWSCONV_VISIT)}) {

@@ -13,7 +13,7 @@ namespace dwsconv {
 
 struct PointwiseProblem {
   int64_t images, pixels_per_image, channels, features;
-  Dtype dtype;  // of all operands
+  Dtype dtype;  // of all operands; int8 without a gate
   bool gated;
 
   int64_t pixels() const { return images * pixels_per_image; }
@@ -23,7 +23,7 @@ struct PointwiseProblem {
 // `features` features, and its kWarps warps divide the channels.
 struct PointwiseSplit {
   static constexpr int kWarps = 8, kPixels = 16;
-  int features;  // 4 or 8
+  int features;  // 4 or 8, with int8 4
 };
 
 // A tiled matrix product (pointwise_tiles.cuh): a block has `down` times `across` warps, each with 16 * row_tiles
@@ -39,6 +39,9 @@ struct PointwiseTile {
   DWSCONV_HOST_DEVICE constexpr int channels(int element_bytes) const {
     return 32 * steps / element_bytes;
   }  // of a chunk
+
+  // What is copied at once: with int8, too, the channels and features of networks are multiples of it.
+  static DWSCONV_HOST_DEVICE constexpr int piece_bytes(int element_bytes) { return element_bytes == 1 ? 8 : 16; }
 
   // In shared memory: bytes from row to row, which keep rows apart in its banks, and of a chunk with the gates of as
   // many images.

@@ -26,6 +26,7 @@ PointwiseTask DescribePointwise(const PointwiseCall& call) {
   m.pixels_per_image = Divisor(static_cast<uint32_t>(p.pixels_per_image));
   m.gate = call.gate;
   m.epilogue = DescribeEpilogue(call.epilogue);
+  m.requantization = call.requantization;
   return m;
 }
 
@@ -35,6 +36,10 @@ bool LaunchPointwise(const PointwiseCall& call, const PointwisePlan& plan, const
     case PointwisePlan::Kernel::kTiles:
       return LaunchPointwiseTile(call, plan.tile, PointwiseShape(call.problem, plan.tile, device));
     case PointwisePlan::Kernel::kSplit:
+      if (call.problem.dtype == Dtype::kI8) {
+        LaunchSplit<int8_t, 4>(call);
+        return true;
+      }
       return WithDtype(call.problem.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         plan.split.features == 8 ? LaunchSplit<T, 8>(call) : LaunchSplit<T, 4>(call);

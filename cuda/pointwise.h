@@ -10,17 +10,31 @@
 #include "cuda/epilogue.h"
 #include "cuda/plan_pointwise.h"
 #include "cuda/problem.h"
+#include "cuda/rounding.h"
 
 namespace dwsconv::cuda {
+
+// result = clamp(round((source kernel + bias + round((residual - zero point) * its scale)) * scale) + zero point),
+// source, kernel, residual and result of int8. The sum in the inner brackets is of int32, what is multiplied of
+// float32.
+struct PointwiseRequantization {
+  const float* scale;
+  const int32_t* bias;     // or null
+  const int8_t* residual;  // (pixels, features), or null
+  const float* residual_scale;
+  int residual_zero_point;
+  Rounding rounding;
+};
 
 // result = activation((source * gate) kernel * scale + bias + residual), all of one type.
 struct PointwiseCall {
   PointwiseProblem problem;
-  Epilogue epilogue;
-  const void* source;  // (images, pixels_per_image, channels)
-  const void* kernel;  // (channels, features)
-  const void* gate;    // (images, channels), or null
-  void* result;        // (images, pixels_per_image, features)
+  Epilogue epilogue;                       // of floating types
+  PointwiseRequantization requantization;  // of int8
+  const void* source;                      // (images, pixels_per_image, channels)
+  const void* kernel;                      // (channels, features)
+  const void* gate;                        // (images, channels), or null
+  void* result;                            // (images, pixels_per_image, features)
   cudaStream_t stream;
 };
 
@@ -28,7 +42,8 @@ struct PointwiseTask {
   int pixels, channels, features, images;
   Divisor pixels_per_image;
   const void* gate;
-  FusedEpilogue epilogue;
+  FusedEpilogue epilogue;                  // of floating types
+  PointwiseRequantization requantization;  // of int8
   // Of PointwiseShape.
   Divisor feature_tiles;
   int pixel_tiles, gates, kernel_chunks;

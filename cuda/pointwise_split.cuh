@@ -8,8 +8,11 @@
 #ifndef JAX_DWSCONV_CUDA_POINTWISE_SPLIT_CUH_
 #define JAX_DWSCONV_CUDA_POINTWISE_SPLIT_CUH_
 
+#include <type_traits>
+
 #include "cuda/epilogue.cuh"
 #include "cuda/pointwise.h"
+#include "cuda/requantize.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace dwsconv::cuda {
@@ -83,6 +86,54 @@ struct PointwiseChunk {
   }
 };
 
+// The same of int8, whose sums are of int32.
+template <>
+struct PointwiseChunk<int8_t, 4> {
+  static constexpr int kLaneChannels = 16, kChannels = 4 * kLaneChannels;
+
+  Words<4> pixels[2];
+  uint32_t rows[kLaneChannels];
+
+  __device__ __forceinline__ void Load(const PointwiseTask& m, const int8_t* source, const int8_t* kernel, int pixel,
+                                       int feature, int channel) {
+    const bool has_channel = channel < m.channels;
+    const int8_t* const row = kernel + static_cast<int64_t>(channel) * m.features + feature;
+#pragma unroll
+    for (int r = 0; r < kLaneChannels; ++r) {
+      rows[r] = 0;
+      if (has_channel && feature < m.features) rows[r] = *reinterpret_cast<const uint32_t*>(row + r * m.features);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int p = pixel + 8 * half;
+      pixels[half] = {};
+      if (has_channel && p < m.pixels) {
+        pixels[half] = *reinterpret_cast<const Words<4>*>(source + int64_t{p} * m.channels + channel);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void AddTo(int (&sums)[4][4]) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[4], b[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = pixels[i % 2].at[2 * step + i / 2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) b[half][c] = rows[8 * step + 4 * half + c];
+        TransposeBytes(b[half]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t both[2] = {b[0][j], b[1][j]};
+        MultiplyAdd(a, both, sums[j]);
+      }
+    }
+  }
+};
+
 // The grid's x is the tile of sixteen pixels, its y the tile of 8 * kFeatures features.
 template <class T, int kFeatures>
 __global__ void __launch_bounds__(32 * PointwiseSplit::kWarps)
@@ -94,7 +145,8 @@ __global__ void __launch_bounds__(32 * PointwiseSplit::kWarps)
 
   using Chunk = PointwiseChunk<T, kFeatures>;
   constexpr int kWarps = PointwiseSplit::kWarps, kStep = kWarps * Chunk::kChannels;
-  float sums[kFeatures][4] = {};
+  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int, float>;
+  Sum sums[kFeatures][4] = {};
   Chunk chunks[2];  // one is loaded while the other is multiplied
   int channel = warp * Chunk::kChannels + quad * Chunk::kLaneChannels;
   const auto load = [&](int which) {
@@ -114,34 +166,45 @@ __global__ void __launch_bounds__(32 * PointwiseSplit::kWarps)
   // Of each of its two pixels a lane has two neighbouring vectors of kFeatures features. Every warp adds up half of one
   // of these four.
   constexpr int kHalf = kFeatures / 2;
-  __shared__ Packed<float, kHalf> parts[kWarps][kWarps][32];
+  struct alignas(kHalf * sizeof(Sum)) Part {
+    Sum at[kHalf];
+  };
+  __shared__ Part parts[kWarps][kWarps][32];
 #pragma unroll
   for (int part = 0; part < kWarps; ++part) {
-    float values[kHalf];
+    Part values;
 #pragma unroll
-    for (int v = 0; v < kHalf; ++v) values[v] = sums[part % 2 * kHalf + v][part / 2];
-    parts[warp][part][lane].Pack(values);
+    for (int v = 0; v < kHalf; ++v) values.at[v] = sums[part % 2 * kHalf + v][part / 2];
+    parts[warp][part][lane] = values;
   }
   __syncthreads();
-  float values[1][kHalf] = {};
+  Sum values[1][kHalf] = {};
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) {  // always in this order
-    float part[kHalf];
-    parts[other][warp][lane].Unpack(part);
+    const Part part = parts[other][warp][lane];
 #pragma unroll
-    for (int v = 0; v < kHalf; ++v) values[0][v] += part[v];
+    for (int v = 0; v < kHalf; ++v) values[0][v] += part.at[v];
   }
   const int vector = warp / 2, pixel = first_pixel + group + vector / 2 * 8;
   const int feature = first_feature + (2 * quad + vector % 2) * kFeatures + warp % 2 * kHalf;
   if (pixel >= m.pixels || feature >= m.features) return;
-  float scale[kHalf], bias[kHalf];
-  LoadScale(m.epilogue, feature, scale);
-  LoadBias(m.epilogue, feature, bias);
-#pragma unroll
-  for (int v = 0; v < kHalf; ++v) values[0][v] = fmaf(values[0][v], scale[v], bias[v]);
   const int64_t out = int64_t{pixel} * m.features + feature;
-  Finish<T>(m.epilogue, [](int) { return true; }, [&](int) { return out; }, values);
-  StoreVector(result + out, values[0]);
+  const auto exists = [](int) { return true; };
+  const auto offset = [&](int) { return out; };
+  if constexpr (std::is_same_v<T, int8_t>) {
+    const PointwiseRequantization& r = m.requantization;
+#pragma unroll
+    for (int v = 0; v < kHalf; ++v) values[0][v] += r.bias == nullptr ? 0 : r.bias[feature + v];
+    StoreRequantized(r, r.scale + feature, feature, exists, offset, values, result);
+  } else {
+    float scale[kHalf], bias[kHalf];
+    LoadScale(m.epilogue, feature, scale);
+    LoadBias(m.epilogue, feature, bias);
+#pragma unroll
+    for (int v = 0; v < kHalf; ++v) values[0][v] = fmaf(values[0][v], scale[v], bias[v]);
+    Finish<T>(m.epilogue, exists, offset, values);
+    StoreVector(result + out, values[0]);
+  }
 #endif
 }
 

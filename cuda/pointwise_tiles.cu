@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda/dtypes.cuh"
 #include "cuda/dynamic_memory.h"
 #include "cuda/pointwise_tiles.cuh"
@@ -12,8 +14,10 @@ void LaunchTiles(const PointwiseCall& call, const PointwiseShape& shape) {
   m.pixel_tiles = static_cast<int>(shape.pixel_tiles);
   m.gates = shape.gates;
   m.kernel_chunks = shape.kernel_chunks;
-  const auto kernel = shape.gates > 0 ? PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, true>
-                                      : PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, false>;
+  auto kernel = PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, false>;
+  if constexpr (!std::is_same_v<T, int8_t>) {
+    if (shape.gates > 0) kernel = PointwiseTilesKernel<T, kRowTiles, kDown, kAcross, kSteps, kStages, true>;
+  }
   AllowDynamicMemory(kernel, shape.bytes);
   constexpr PointwiseTile kTile{kRowTiles, kDown, kAcross, kSteps, kStages};
   kernel<<<static_cast<unsigned>(shape.down * shape.feature_tiles), kTile.threads(), shape.bytes, call.stream>>>(
@@ -36,6 +40,7 @@ bool LaunchTilesOf(const PointwiseCall& call, const PointwiseTile& tile, const P
 }  // namespace
 
 bool LaunchPointwiseTile(const PointwiseCall& call, const PointwiseTile& tile, const PointwiseShape& shape) {
+  if (call.problem.dtype == Dtype::kI8) return LaunchTilesOf<int8_t>(call, tile, shape);
   return WithDtype(call.problem.dtype,
                    [&](auto type) { return LaunchTilesOf<typename decltype(type)::type>(call, tile, shape); });
 }

@@ -7,8 +7,11 @@
 #ifndef JAX_DWSCONV_CUDA_POINTWISE_TILES_CUH_
 #define JAX_DWSCONV_CUDA_POINTWISE_TILES_CUH_
 
+#include <type_traits>
+
 #include "cuda/epilogue.cuh"
 #include "cuda/pointwise.h"
+#include "cuda/requantize.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace dwsconv::cuda {
@@ -56,6 +59,47 @@ struct KernelOperand<float> {
   }
 };
 
+template <>
+struct KernelOperand<int8_t> {
+  static constexpr int kLaneChannels = 4;
+  uint32_t rows[2][4];  // the lane's channels, and those sixteen channels on; of each feature all four
+
+  static __device__ int Place(int group) { return 4 * group; }
+  static __device__ int StoredPlace(int quad, int) { return 8 * quad; }
+
+  __device__ __forceinline__ void Load(const unsigned char* first, int pitch) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) rows[i][r] = *reinterpret_cast<const uint32_t*>(first + (r + 16 * i) * pitch);
+      TransposeBytes(rows[i]);
+    }
+  }
+  __device__ __forceinline__ void Pick(int j, uint32_t (&b)[2]) const {
+    b[0] = rows[0][j];
+    b[1] = rows[1][j];
+  }
+};
+
+template <class T>
+__device__ __forceinline__ const auto& Parts(const PointwiseTask& m) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    return m.requantization;
+  } else {
+    return m.epilogue;
+  }
+}
+
+// d += a * b.
+template <class T, class Sum>
+__device__ __forceinline__ void Add(const uint32_t (&a)[4], const uint32_t (&b)[2], Sum (&d)[4]) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    MultiplyAdd(a, b, d);
+  } else {
+    MultiplyAdd<T>(a, b, d);
+  }
+}
+
 // The words of a source times those of a gate, rounded to T.
 template <class T>
 __device__ __forceinline__ uint32_t Times(uint32_t word, uint32_t gate) {
@@ -78,7 +122,10 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
                          const T* __restrict__ kernel, T* __restrict__ result) {
 #if __CUDA_ARCH__ >= 800
   constexpr PointwiseTile kTile{kRowTiles, kDown, kAcross, kSteps, kStages};
-  constexpr int kSize = sizeof(T), kVector = 16 / kSize;  // elements that are copied at once
+  constexpr int kSize = sizeof(T), kPiece = PointwiseTile::piece_bytes(kSize), kVector = kPiece / kSize;
+  constexpr int kStepChannels = 32 / kSize;
+  constexpr bool kIntegers = std::is_same_v<T, int8_t>;
+  using Sum = std::conditional_t<kIntegers, int, float>;
   constexpr int kThreads = kTile.threads(), kPixels = kTile.pixels(), kChannels = kTile.channels(kSize);
   constexpr int kSourcePitch = kTile.source_pitch(), kKernelPitch = kTile.kernel_pitch(kSize);
   constexpr int kSourceBytes = kTile.source_bytes(0), kKernelBytes = kTile.kernel_bytes(kSize);
@@ -92,7 +139,8 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
   const int source_bytes = kTile.source_bytes(kGated ? m.gates : 0), ring_bytes = kStages * source_bytes;
   const int kernel_end = ring_bytes + m.kernel_chunks * kKernelBytes;
   const bool keeps_kernel = m.kernel_chunks * kChannels >= m.channels;
-  float* const factors = reinterpret_cast<float*>(shared + kernel_end);
+  auto* const scales = reinterpret_cast<float*>(shared + kernel_end);
+  auto* const biases = reinterpret_cast<Sum*>(scales + kTile.features());
   struct Place {  // of a chunk in shared memory
     int source, kernel;
   };
@@ -104,7 +152,7 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
   };
 
   // What this thread copies of every chunk: pieces of pixels, and of rows of the kernel.
-  constexpr int kPieces = 2 * kSteps, kSourceRows = kThreads / kPieces;
+  constexpr int kPieces = 32 * kSteps / kPiece, kSourceRows = kThreads / kPieces;
   constexpr int kKernelPieces = PointwiseTile::kFeatures / kVector, kKernelRows = kThreads / kKernelPieces;
   static_assert(kPixels % kSourceRows == 0 || kPixels < kSourceRows);
   static_assert(kChannels % kKernelRows == 0 || kKernelRows % kChannels == 0);
@@ -113,7 +161,7 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
   const int kernel_row = threadIdx.x / kKernelPieces, kernel_channel = kernel_row % kChannels;
   const int kernel_feature =
       first_feature + kernel_row / kChannels * PointwiseTile::kFeatures + threadIdx.x % kKernelPieces * kVector;
-  const int kernel_to = kernel_row * kKernelPitch + threadIdx.x % kKernelPieces * 16;
+  const int kernel_to = kernel_row * kKernelPitch + threadIdx.x % kKernelPieces * kPiece;
   const T* const first_kernel = kernel + static_cast<int64_t>(kernel_channel) * m.features + kernel_feature;
   const T *next_pixels, *next_kernel;
   int tile_to = first_tile, rows_left, channels_left;
@@ -129,18 +177,19 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
 #pragma unroll
     for (int row = 0; row < kPixels; row += kSourceRows) {
       if (kPixels < kSourceRows && source_row >= kPixels) break;
-      CopyAsync<16>(shared + to.source + source_to + row * kSourcePitch,
-                    next_pixels + static_cast<int64_t>(row) * m.channels,
-                    row < rows_left && source_channel < channels_left ? 16 : 0);
+      CopyAsync<kPiece>(shared + to.source + source_to + row * kSourcePitch,
+                        next_pixels + static_cast<int64_t>(row) * m.channels,
+                        row < rows_left && source_channel < channels_left ? kPiece : 0);
     }
     if (!keeps_kernel || tile_to == first_tile) {
 #pragma unroll
       for (int row = 0; row < kAcross * kChannels; row += kKernelRows) {
         if (kAcross * kChannels < row + kKernelRows && kernel_row + row >= kAcross * kChannels) break;
         const int channel = row % kChannels, feature = row / kChannels * PointwiseTile::kFeatures;
-        CopyAsync<16>(shared + to.kernel + kernel_to + row * kKernelPitch,
-                      next_kernel + (static_cast<int64_t>(channel) * m.features + feature),
-                      kernel_channel + channel < channels_left && kernel_feature + feature < m.features ? 16 : 0);
+        CopyAsync<kPiece>(
+            shared + to.kernel + kernel_to + row * kKernelPitch,
+            next_kernel + (static_cast<int64_t>(channel) * m.features + feature),
+            kernel_channel + channel < channels_left && kernel_feature + feature < m.features ? kPiece : 0);
       }
       next_kernel += static_cast<int64_t>(kChannels) * m.features;
     }
@@ -148,9 +197,10 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
       const int channel = m.channels - channels_left + source_channel;
       const int first_image = m.pixels_per_image.Quotient(tile_to * kPixels);
       for (int image = source_row; image < m.gates; image += kSourceRows) {
-        CopyAsync<16>(shared + to.source + kSourceBytes + image * kSourcePitch + source_channel * kSize,
-                      static_cast<const T*>(m.gate) + static_cast<int64_t>(first_image + image) * m.channels + channel,
-                      source_channel < channels_left && first_image + image < m.images ? 16 : 0);
+        CopyAsync<kPiece>(
+            shared + to.source + kSourceBytes + image * kSourcePitch + source_channel * kSize,
+            static_cast<const T*>(m.gate) + static_cast<int64_t>(first_image + image) * m.channels + channel,
+            source_channel < channels_left && first_image + image < m.images ? kPiece : 0);
       }
     }
     advance(to);
@@ -167,11 +217,13 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
     if (tile_to < m.pixel_tiles) copy();
     CommitCopies();
   }
+  const auto* const scale = Parts<T>(m).scale;
+  const auto* const bias = Parts<T>(m).bias;
   for (int i = threadIdx.x; i < kTile.features(); i += kThreads) {
     const int feature = first_feature + i;
     const bool exists = feature < m.features;
-    factors[i] = exists && m.epilogue.scale != nullptr ? m.epilogue.scale[feature] : 1;
-    factors[kTile.features() + i] = exists && m.epilogue.bias != nullptr ? m.epilogue.bias[feature] : 0;
+    scales[i] = exists && scale != nullptr ? scale[feature] : 1;
+    biases[i] = exists && bias != nullptr ? bias[feature] : 0;
   }
 
   const int pixels_from = (warp_row + lane % 16) * kSourcePitch + lane / 16 * 16;
@@ -190,7 +242,7 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
         gate_from[i / 2][i % 2] = kSourceBytes + (image - first_image) * kSourcePitch + quad * 4;
       }
     }
-    float sums[kRowTiles][4][4] = {};
+    Sum sums[kRowTiles][4][4] = {};
     for (int channel = 0; channel < m.channels; channel += kChannels) {
       WaitForCopies<kStages - 2>();
       __syncthreads();
@@ -198,7 +250,7 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
       CommitCopies();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (step > 0 && step % 2 == 0 && channel + step * 2 * kVector >= m.channels) break;
+        if (step > 0 && step % 2 == 0 && channel + step * kStepChannels >= m.channels) break;
         uint32_t pixels[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
@@ -217,13 +269,13 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
           }
         }
         Operand features;
-        features.Load(shared + from.kernel + kernel_from + step * 2 * kVector * kKernelPitch, kKernelPitch);
+        features.Load(shared + from.kernel + kernel_from + step * kStepChannels * kKernelPitch, kKernelPitch);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           uint32_t b[2];
           features.Pick(j, b);
 #pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) MultiplyAdd<T>(pixels[i], b, sums[i][j]);
+          for (int i = 0; i < kRowTiles; ++i) Add<T>(pixels[i], b, sums[i][j]);
         }
       }
       advance(from);
@@ -233,24 +285,28 @@ __global__ void __launch_bounds__(PointwiseTile{kRowTiles, kDown, kAcross, kStep
     for (int v = 0; v < 8 / kVector; ++v) {
       const int place = warp_across * PointwiseTile::kFeatures + Operand::StoredPlace(quad, v);  // in the block
       if (first_feature + place >= m.features) break;
-      float values[2 * kRowTiles][kVector];
+      Sum values[2 * kRowTiles][kVector];
 #pragma unroll
       for (int u = 0; u < kVector; ++u) {
         const int feature = v * kVector + u;
-        const float scale = factors[place + u], bias = factors[kTile.features() + place + u];
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
-          values[i][u] = fmaf(sums[i / 2][feature % 4][i % 2 * 2 + feature / 4], scale, bias);
+          const Sum sum = sums[i / 2][feature % 4][i % 2 * 2 + feature / 4];
+          values[i][u] = kIntegers ? sum + biases[place + u] : fmaf(sum, scales[place + u], biases[place + u]);
         }
       }
       const auto exists = [&](int i) { return pixel + 8 * i < m.pixels; };
       const auto offset = [&](int i) {
         return static_cast<int64_t>(pixel + 8 * i) * m.features + first_feature + place;
       };
-      Finish<T>(m.epilogue, exists, offset, values);
+      if constexpr (kIntegers) {
+        StoreRequantized(m.requantization, scales + place, first_feature + place, exists, offset, values, result);
+      } else {
+        Finish<T>(m.epilogue, exists, offset, values);
 #pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i) {
-        if (exists(i)) StoreVector(result + offset(i), values[i]);
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+          if (exists(i)) StoreVector(result + offset(i), values[i]);
+        }
       }
     }
   }

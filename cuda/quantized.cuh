@@ -10,10 +10,11 @@
 #include "cuda/gather.cuh"
 #include "cuda/march.cuh"
 #include "cuda/quantized.h"
+#include "cuda/rounding.cuh"
 
 namespace dwsconv::cuda {
 
-constexpr int kWordChannels = QuantizedTile::kVector;
+static_assert(kWordChannels == QuantizedTile::kVector);
 
 __device__ __forceinline__ uint32_t InEveryByte(int value) { return (value & 0xff) * 0x01010101u; }
 
@@ -122,20 +123,6 @@ __device__ __forceinline__ void AddQuads(const uint32_t (&quads)[kColumns], cons
     }
     to[b][channel] = sum;
   }
-}
-
-// clamp(round(sum * scale) + zero point), four of them in one word.
-__device__ __forceinline__ uint32_t Requantized(const Rounding& r, const float (&scale)[kWordChannels],
-                                                const int (&sums)[kWordChannels]) {
-  constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer in the low bits
-  uint32_t bytes[kWordChannels];
-#pragma unroll
-  for (int c = 0; c < kWordChannels; ++c) {
-    // Limited before rounding, which does not cross an integer.
-    const float value = fminf(fmaxf(__fmul_rn(__int2float_rn(sums[c]), scale[c]), r.low), r.high);
-    bytes[c] = __float_as_uint(__fadd_rn(value, kMagic)) + r.zero_point;
-  }
-  return __byte_perm(__byte_perm(bytes[0], bytes[1], 0x40), __byte_perm(bytes[2], bytes[3], 0x40), 0x5410);
 }
 
 // The first `count` of some neighbouring results.

@@ -7,6 +7,7 @@
 #include "cuda/march.h"
 #include "cuda/plan_quantized.h"
 #include "cuda/problem.h"
+#include "cuda/rounding.h"
 
 namespace dwsconv::cuda {
 
@@ -17,17 +18,6 @@ struct QuantizedCall {
   const void* filter;
   void* y;
   cudaStream_t stream;
-};
-
-// The limits of what is rounded, and what is added then.
-struct Rounding {
-  explicit Rounding(const Requantization& r)
-      : low(static_cast<float>(r.low - r.out_zero_point)),
-        high(static_cast<float>(r.high - r.out_zero_point)),
-        zero_point(r.out_zero_point) {}
-
-  float low, high;
-  int zero_point;
 };
 
 struct QuantizedMarch : March {

@@ -127,6 +127,22 @@ __device__ __forceinline__ void MultiplyAdd(const uint32_t (&a)[4], const uint32
   }
 }
 
+__device__ __forceinline__ void MultiplyAdd(const uint32_t (&a)[4], const uint32_t (&b)[2], int (&d)[4]) {  // of int8
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Word c becomes byte c of each of the four.
+__device__ __forceinline__ void TransposeBytes(uint32_t (&words)[4]) {
+  const uint32_t low01 = __byte_perm(words[0], words[1], 0x5140), high01 = __byte_perm(words[0], words[1], 0x7362);
+  const uint32_t low23 = __byte_perm(words[2], words[3], 0x5140), high23 = __byte_perm(words[2], words[3], 0x7362);
+  words[0] = PickHalves(low01, low23, false);
+  words[1] = PickHalves(low01, low23, true);
+  words[2] = PickHalves(high01, high23, false);
+  words[3] = PickHalves(high01, high23, true);
+}
+
 // The same with 8 terms per pair of words.
 template <class T, int kPairs>
 __device__ __forceinline__ void Multiply(const uint32_t (&a)[kPairs][2], const uint32_t (&b)[kPairs],

@@ -17,6 +17,7 @@ TARGETS = {
     "grad_filter": "jax_dwsconv.grad_filter.v1",
     "pointwise": "jax_dwsconv.pointwise.v1",  # on CUDA alone
     "quantized_forward": "jax_dwsconv.quantized_forward.v1",
+    "quantized_pointwise": "jax_dwsconv.quantized_pointwise.v1",  # on CUDA alone
 }
 SINCE = dict.fromkeys(TARGETS, "0.1.0")
 # A program that was exported by a later package is answered with the version that it needs.

@@ -102,14 +102,14 @@ def pointwise(x, kernel, scale, bias, gate, residual, activation, precision, cha
         "precision": jax.config.jax_default_matmul_precision if precision is None else precision,
         "out_dtype": np.dtype(out_dtype),
     }
-    if channels_last and not _config.disabled() and all(_on_no_mesh(a) for a in (x, kernel, *others.values())):
+    if channels_last and not _config.disabled() and all(on_no_mesh(a) for a in (x, kernel, *others.values())):
         y = _bind_images(x, kernel, others, params)
     else:
         y = _in_lax(x, kernel, *others.values(), channel_axis=channel_axis, **params)
     return _epilogue.apply_unnamed(y, activation)
 
 
-def _on_no_mesh(operand) -> bool:
+def on_no_mesh(operand) -> bool:
     """Where types say how arrays are divided, JAX's own operators know what to do."""
     return jax.typeof(operand).sharding.mesh.empty
 
@@ -224,7 +224,7 @@ def _by_xla(shape, features, dtype, parts, activation) -> float:
     size, source, result = np.dtype(dtype).itemsize, pixels * channels, pixels * features
     follows = activation is not None or not {"scale", "bias", "residual"}.isdisjoint(parts)
     moved = size * (source + channels * features) + (4 if follows else size) * result
-    products = 2 * source * features / (6e8 if size == 2 else 3e8)
+    products = 2 * source * features / (3e8 if size == 4 else 6e8)
     time = 2.2 + 0.0023 * min(size * channels, 1200) + max(moved / 3.3e6, products)
     if follows:
         time += 1.2 + (4 + (2 if "residual" in parts else 1) * size) * result / 3.9e6
@@ -240,16 +240,21 @@ def _has_kernel(ctx, parts, activation, precision, out_dtype) -> bool:
     allowed = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if _allows_tf32(precision) else ()))
     if devices != 1 or out_dtype not in allowed or dtypes | {x.dtype, kernel.dtype} != {out_dtype}:
         return False
-    if not all(isinstance(d, int) for d in x.shape) or 0 in (*x.shape, *kernel.shape):
-        return False
-    if math.prod(x.shape[:3]) > _MOST_PIXELS or max(kernel.shape) > _MOST_CHANNELS:
-        return False
-    if _native.why_unavailable("cuda") is not None or _newest_capability() < (8, 0):
+    if not fits_kernel(x, kernel):
         return False
     return pays(x.shape, kernel.shape[1], out_dtype.name, parts, activation)
 
 
-_MOST_PIXELS, _MOST_CHANNELS = 2**30, 2**20  # of the kernel
+_MOST_PIXELS, _MOST_CHANNELS = 2**30, 2**20
+
+
+def fits_kernel(x, kernel) -> bool:
+    """Whether the sizes of x (..., C) and kernel (C, F) are known and allowed, and the machine has our kernel."""
+    if not all(isinstance(d, int) for d in x.shape) or 0 in (*x.shape, *kernel.shape):
+        return False
+    if math.prod(x.shape[:-1]) > _MOST_PIXELS or max(kernel.shape) > _MOST_CHANNELS:
+        return False
+    return _native.why_unavailable("cuda") is None and _newest_capability() >= (8, 0)
 
 
 def _allows_tf32(precision) -> bool:

@@ -20,9 +20,10 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax import lax, numpy as jnp
+from jax import numpy as jnp
 
 from jax_dwsconv import _arguments, convolution, quantized_primitive, reference
+from jax_dwsconv.quantized_pointwise import quantized_pointwise
 from jax_dwsconv.quantized_primitive import Quantization
 
 __all__ = [
@@ -223,6 +224,9 @@ def pointwise_conv(
     *,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    residual_scale: jax.Array | None = None,
+    residual_zero_point: int = 0,
     clamp: tuple[int, int] = (-128, 127),
     x_zero_point: int = 0,
     out_zero_point: int = 0,
@@ -230,13 +234,18 @@ def pointwise_conv(
 ) -> jax.Array:
     """Matrix product over the channels (a 1x1 convolution, or a dense layer) of int8 arrays, and its requantisation.
 
-    The product is XLA's, which takes the integer tensor cores of a GPU; what follows is fused into one pass by XLA.
+    The product is XLA's, and what follows a pass of its own, or all of it is one kernel of ours: on a GPU with an int8
+    result, where that is expected to be faster. Both take the integer tensor cores.
 
     Args:
       x: (..., C), or with the channels at `channel_axis`. int8.
       kernel: (C, F) or (1, 1, C, F), int8, with at most 2**15 channels C.
       scale: (F,) or (); as for `depthwise_conv2d`.
       bias: (F,) or (); as for `depthwise_conv2d`.
+      residual: of the shape of the result, int8, or None. round((residual - residual_zero_point) * residual_scale), the
+        product of float32 and ties to even, is added to the int32 sums.
+      residual_scale: (F,) or (), for a residual.
+      residual_zero_point: int from -128 to 127.
       clamp: as for `depthwise_conv2d`.
       x_zero_point: as for `depthwise_conv2d`.
       out_zero_point: as for `depthwise_conv2d`.
@@ -259,12 +268,22 @@ def pointwise_conv(
         )
     kernel = kernel.reshape(channels, kernel.shape[-1])
     scale, bias, quantization = _following(kernel.shape[-1], scale, bias, clamp, x_zero_point, out_zero_point)
-    contract = (((channel_axis % x.ndim,), (0,)), ((), ()))
-    sums = jnp.moveaxis(lax.dot_general(x, kernel, contract, preferred_element_type=jnp.int32), -1, channel_axis)
     if quantization.x_zero_point != 0:
         correction = quantization.x_zero_point * kernel.sum(0, dtype=jnp.int32)
         bias = -correction if bias is None else bias - correction
-    return reference.requantize(sums, scale, bias, quantization, channel_axis)
+    others = {"scale": scale, "bias": bias}
+    if (residual is None) != (residual_scale is None):
+        raise ValueError("residual and residual_scale need each other")
+    if residual is not None:
+        others["residual"] = residual = _int8_array("residual", residual)
+        shape = list(x.shape)
+        shape[channel_axis] = kernel.shape[-1]
+        if residual.shape != tuple(shape):
+            raise ValueError(f"residual must have the shape of the result, {tuple(shape)}, got {residual.shape}")
+        vector = _arguments.channel_vector("residual_scale", residual_scale, kernel.shape[-1])
+        others["residual_scale"] = jnp.broadcast_to(vector.astype(jnp.float32), (kernel.shape[-1],))
+    quantization = quantization._replace(x_zero_point=_int8("residual_zero_point", residual_zero_point))
+    return quantized_pointwise(x, kernel, others, quantization, channel_axis)
 
 
 def separable_conv2d(

@@ -107,7 +107,8 @@ _BOTH = (quantized_forward_p, primitives._DIVIDED_BY_TYPES[quantized_forward_p])
 # JVP ------------------------------------------------------------------------------------------------------------------
 
 
-def _no_derivative(primals, tangents, **_):
+def no_derivative(primals, tangents, **_):
+    """The JVP rule of int8 operators, which says what to do instead."""
     raise NotImplementedError(
         "an int8 convolution has no derivative: its result moves in steps. For quantisation-aware training compute in "
         "floating point, with jax_dwsconv.depthwise_conv2d on values that are rounded to the int8 grid (their gradient "
@@ -135,7 +136,7 @@ def _sums(x, kernel, *, window, x_zero_point):
 
 
 for _p in _BOTH:
-    ad.primitive_jvps[_p] = _no_derivative
+    ad.primitive_jvps[_p] = no_derivative
     batching.primitive_batchers[_p] = functools.partial(_batch, _bind)
 
 

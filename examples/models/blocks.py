@@ -116,30 +116,39 @@ class ConvNorm(nnx.Module):
 
         kernel, bias = self.conv.kernel[...], self.conv.bias[...]
         if kernel.shape[:2] != (1, 1):
-            x, kernel = _for_product(x.astype(kernel.dtype), kernel, self.conv.strides)
+            x, kernel = as_pointwise(x.astype(kernel.dtype), kernel, self.conv.strides)
         return pointwise_conv2d(x, kernel, bias=bias, gate=gate, residual=residual, activation=self.activation)
 
 
-def _for_product(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Image and kernel of a pointwise convolution that does the same, with "SAME" padding.
+def as_pointwise(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], zero_point: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Image and kernel of a pointwise convolution that does the same as a convolution with "SAME" padding.
 
-    A pixel becomes all that is under the window; zeros make the number of channels a multiple of 8.
+    A pixel becomes all that is under the window, which on a GPU one kernel gathers; zeros make the number of channels a
+    multiple of 16.
+
+    Args:
+        x: (N, H, W, C).
+        kernel: (kh, kw, C, F).
+        strides: of the window.
+        zero_point: what is around the image.
+
+    Returns:
+        (N, H', W', K) and (K, F), with K at least kh * kw * C.
     """
-    taps = pixels_of_taps(x, kernel.shape[:2], strides)
-    kernel = kernel.reshape(-1, kernel.shape[-1])
-    missing = -len(kernel) % 8
-    taps.append(jnp.zeros((*taps[0].shape[:3], missing), x.dtype))
-    return jnp.concatenate(taps, axis=-1), jnp.pad(kernel, ((0, missing), (0, 0)))
-
-
-def pixels_of_taps(
-    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], zero_point: int = 0
-) -> list[jax.Array]:
-    """What each tap of a window sees of x, (N, H', W', C), with "SAME" padding of `zero_point`."""
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
+    height, width, channels = kernel.shape[:3]
+    missing = -(height * width * channels) % 16
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=zero_point)
-    height, width = (size - extent + 1 for size, extent in zip(x.shape[1:3], window, strict=True))
-    return [x[:, i : i + height : strides[0], j : j + width : strides[1]] for i, j in np.ndindex(*window)]
+    _, rows, columns, _ = x.shape
+    taps = np.arange(rows * columns * channels, dtype=np.int32).reshape(rows, columns, channels)
+    windows = np.lib.stride_tricks.sliding_window_view(taps, (height, width), (0, 1))[:: strides[0], :: strides[1]]
+    index = np.moveaxis(windows, 2, 4).reshape(*windows.shape[:2], -1)
+    index = np.pad(index, ((0, 0), (0, 0), (0, missing)), constant_values=taps.size)  # a zero at the end
+    pixels = jnp.pad(x.reshape(x.shape[0], taps.size), ((0, 0), (0, 1)))
+    kernel = jnp.pad(kernel.reshape(-1, kernel.shape[-1]), ((0, missing), (0, 0)))
+    return jnp.take(pixels, index, axis=1, mode="clip"), kernel
 
 
 class SqueezeExcite(nnx.Module):

@@ -26,7 +26,7 @@ from flax import nnx
 
 from jax_dwsconv import inference, quantized
 
-from .blocks import ConvNorm, InvertedResidual, InvertedResidualNet, pixels_of_taps
+from .blocks import ConvNorm, InvertedResidual, InvertedResidualNet, as_pointwise
 from .mobilenet import MobileNetV1
 
 BINS = 4096  # of the histograms that percentiles are read from
@@ -119,13 +119,24 @@ def _depthwise(layer, arrays, x, results):
 
 def _dense(layer, arrays, x, results):
     kernel = arrays["kernel"]
-    taps = pixels_of_taps(x, kernel.shape[:2], (layer.stride,) * 2, layer.x_zero_point)
-    kernel = kernel.reshape(-1, kernel.shape[-1])
-    sums = quantized.pointwise_conv(jnp.concatenate(taps, axis=-1), kernel, bias=arrays["bias"])
+    if kernel.shape[:2] != (1, 1):
+        x, kernel = as_pointwise(x, kernel, (layer.stride,) * 2, layer.x_zero_point)
+    skip = {}
     if layer.skip:
-        skip = quantized.dequantize(results[layer.skip], arrays["skip_scale"], layer.skip_zero_point)
-        sums += jnp.round(skip).astype(jnp.int32)
-    return quantized.requantize(sums, arrays["scale"], clamp=layer.clamp, out_zero_point=layer.out_zero_point)
+        skip = {
+            "residual": results[layer.skip],
+            "residual_scale": arrays["skip_scale"],
+            "residual_zero_point": layer.skip_zero_point,
+        }
+    return quantized.pointwise_conv(
+        x,
+        kernel,
+        scale=arrays["scale"],
+        bias=arrays["bias"],
+        clamp=layer.clamp,
+        out_zero_point=layer.out_zero_point,
+        **skip,
+    )
 
 
 def _mean(layer, arrays, x, results):
