@@ -248,7 +248,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("speed-up")
         what = {"ms": "blocked call", "back_to_back_ms": "back-to-back calls", "kernels_ms": "kernel time"}[kind]
         axis.set_title(f"{mode}, {dtype}: {what}, flax / {SIDES[mode][0]}", fontsize=9)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=130)
 
 

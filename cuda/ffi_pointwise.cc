@@ -42,7 +42,9 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
     return invalid("there must be at most 2^30 pixels and 2^20 channels and features");
   }
   if (y->element_count() == 0) return ffi::Error::Success();
-  if (!dtype) return FinishLaunch("pointwise", false, stream);
+  if (dtype != Dtype::kF32 && dtype != Dtype::kBF16 && dtype != Dtype::kF16) {
+    return FinishLaunch("pointwise", false, stream);
+  }
   const auto device = DescribeDevice(ordinal);
   if (!device) return device.error();
   const PointwiseCall call{{xd[0], xd[1] * xd[2], xd[3], yd[3], *dtype, gated},
@@ -58,10 +60,11 @@ static ffi::Error PointwiseImpl(cudaStream_t stream, int32_t ordinal, ffi::Dicti
   const PointwisePlan plan = PlanPointwise(call.problem, *device, aligned ? alignment : 0, forced);
   if (plan.kernel == PointwisePlan::Kernel::kNone) {
     return invalid(
-        "needs compute capability 8.0 or newer, channels that are a multiple of 16 bytes, features of 4, and buffers "
-        "aligned to 16 bytes");
+        "needs compute capability 8.0 or newer, channels that are a multiple of 16 bytes and at least one, features of "
+        "4, "
+        "and buffers aligned to 16 bytes");
   }
-  NoteForcedPlan(forced, plan.Text());
+  if (!forced.empty()) NoteForcedPlan(plan.Text());
   return FinishLaunch("pointwise", LaunchPointwise(call, plan, *device), stream);
 }
 

@@ -82,10 +82,10 @@ static ffi::Error QuantizedPointwiseImpl(cudaStream_t stream, int32_t ordinal, f
   const PointwisePlan plan = PlanPointwise(call.problem, *device, Alignment(call.source) == 16 ? alignment : 0, forced);
   if (plan.kernel == PointwisePlan::Kernel::kNone) {
     return invalid(
-        "needs compute capability 8.0 or newer, channels and features that are multiples of 8, and buffers aligned to "
-        "16 bytes");
+        "needs compute capability 8.0 or newer, channels and features that are multiples of 8 (or of 16 and 4) and at "
+        "least one, and buffers aligned to 16 bytes");
   }
-  NoteForcedPlan(forced, plan.Text());
+  if (!forced.empty()) NoteForcedPlan(plan.Text());
   return FinishLaunch("quantized_pointwise", LaunchPointwise(call, plan, *device), stream);
 }
 

@@ -85,7 +85,7 @@ class Plans {
 
  private:
   static Plan Noted(const PlanKey& key, const Plan& plan) {
-    NoteForcedPlan(key.forced, key.forced.empty() ? "" : plan.Text());
+    if (!key.forced.empty()) NoteForcedPlan(plan.Text());
     return plan;
   }
 
@@ -155,10 +155,9 @@ ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t stream) 
 
 int64_t CapturedCalls() { return captured_calls; }
 
-void NoteForcedPlan(std::string_view forced, const std::string& planned) {
-  if (forced.empty()) return;
+void NoteForcedPlan(std::string planned) {
   const std::lock_guard<std::mutex> lock(last_forced_mutex);
-  last_forced_plan = planned;
+  last_forced_plan = std::move(planned);
 }
 
 std::string LastForcedPlan() {

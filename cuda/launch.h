@@ -41,9 +41,8 @@ xla::ffi::Error FinishLaunch(const char* op, bool has_instance, cudaStream_t str
 // capability where it runs the PTX of an older one, without what is behind architecture checks. 0: unknown.
 int CompiledCapability();
 
-// Diagnostics for tests: the text of the plan that the last call with a forced tile got. NoteForcedPlan does nothing
-// where `forced` is empty.
-void NoteForcedPlan(std::string_view forced, const std::string& planned);
+// Diagnostics for tests: the text of the plan that the last call with a forced tile got.
+void NoteForcedPlan(std::string planned);
 std::string LastForcedPlan();
 
 // Diagnostics for tests: how many handler calls so far were recorded into a CUDA graph.

@@ -66,7 +66,7 @@ void ForEachPlan(const PointwiseProblem& p, const Device& device, int64_t alignm
   const int64_t element = BytesOf(p.dtype);
   const bool has_kernels =
       p.dtype == Dtype::kF32 || p.dtype == Dtype::kBF16 || p.dtype == Dtype::kF16 || (element == 1 && !p.gated);
-  if (device.capability < 80 || !has_kernels) return;
+  if (device.capability < 80 || !has_kernels || p.channels == 0) return;
   for (const int features : {4, 8}) {
     if (p.channels * element % 16 != 0 || p.features % features != 0 || (element == 1 && features != 4) ||
         alignment < std::min<int64_t>(16, features * element))

@@ -143,7 +143,7 @@ __device__ __forceinline__ void TransposeBytes(uint32_t (&words)[4]) {
   words[3] = PickHalves(high01, high23, true);
 }
 
-// The same with 8 terms per pair of words.
+// MultiplyWhole with 8 terms per pair of words.
 template <class T, int kPairs>
 __device__ __forceinline__ void Multiply(const uint32_t (&a)[kPairs][2], const uint32_t (&b)[kPairs],
                                          const float (&c)[4], float (&d)[4]) {

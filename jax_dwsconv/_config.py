@@ -2,8 +2,8 @@
 
 JAX_DWSCONV_DISABLE=1 routes everything to `jax.lax`, int8 to shifted products. JAX_DWSCONV_FALLBACK says what happens
 where a depthwise convolution that has no kernel goes to `jax.lax`: "silent" (the default), "warn" or "error".
-JAX_DWSCONV_TILE forces a plan of the CUDA kernels, as `python -m jax_dwsconv plan` prints it, wherever it is possible:
-for experiments.
+JAX_DWSCONV_TILE forces a plan of the CUDA kernels, as `python -m jax_dwsconv plan` prints it or for pointwise
+convolutions `_planning.plan_pointwise` gives it, wherever it is possible: for experiments.
 """
 
 import os

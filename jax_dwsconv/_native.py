@@ -77,6 +77,16 @@ def why_unavailable(platform: str) -> str | None:
     return None
 
 
+def oldest_code(capabilities: list[tuple[int, int]], architectures: list[str]) -> int:
+    """The architecture, as 10 * major + minor, of the oldest code that any of these devices runs; 0 without devices.
+
+    The arguments are as for `cuda_mismatch`.
+    """
+    compiled = [int(architecture.split("-")[0]) for architecture in architectures]
+    devices = [10 * major + minor for major, minor in capabilities]
+    return min((max((code for code in compiled if code <= device), default=0) for device in devices), default=0)
+
+
 def require_kernels() -> None:
     """For benchmarks, which would otherwise time lax twice.
 

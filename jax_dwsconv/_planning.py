@@ -110,7 +110,7 @@ def plan_pointwise(
       device: the facts about the GPU.
 
     Raises:
-      ValueError: something is empty.
+      ValueError: something is empty, or there is no such dtype.
     """
     from jax_dwsconv import _plan  # noqa: PLC0415
 

@@ -6,6 +6,7 @@ kernels that XLA often makes of what precedes and follows it. Elsewhere it is XL
 
 import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -99,7 +100,7 @@ def pointwise(x, kernel, scale, bias, gate, residual, activation, precision, cha
         "parts": tuple(others),
         "activation": _epilogue.activation_name(activation),
         # Now, not where the primitive is lowered: the setting may be a context's.
-        "precision": jax.config.jax_default_matmul_precision if precision is None else precision,
+        "precision": _hashable(jax.config.jax_default_matmul_precision if precision is None else precision),
         "out_dtype": np.dtype(out_dtype),
     }
     if channels_last and not _config.disabled() and all(on_no_mesh(a) for a in (x, kernel, *others.values())):
@@ -107,6 +108,10 @@ def pointwise(x, kernel, scale, bias, gate, residual, activation, precision, cha
     else:
         y = _in_lax(x, kernel, *others.values(), channel_axis=channel_axis, **params)
     return _epilogue.apply_unnamed(y, activation)
+
+
+def _hashable(precision):
+    return tuple(precision) if isinstance(precision, list) else precision
 
 
 def on_no_mesh(operand) -> bool:
@@ -173,29 +178,33 @@ def _jvp(primals, tangents, **params):
     return pointwise_p.bind(*primals, **params), dy
 
 
-def _batch(operands, axes, *, parts, **params):
+def batch(bind, in_lax, per_image: set[str], operands, axes, *, parts, **params):
+    """The batching rule of a pointwise primitive: in what `per_image` names, the mapped axis joins the first one."""
     names = ("x", "kernel", *parts)
     mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
-    if not mapped.keys() <= {"x", "residual", "gate"}:
-        return jax.vmap(functools.partial(_in_lax, parts=parts, **params), axes)(*operands), 0
+    if not mapped.keys() <= per_image:
+        return jax.vmap(functools.partial(in_lax, parts=parts, **params), axes)(*operands), 0
     size = next(operands[names.index(name)].shape[axis] for name, axis in mapped.items())
+    own = operands[0].shape[1 if mapped.get("x") == 0 else 0]
 
     def fold(name, operand):
-        if name not in ("x", "residual", "gate"):
+        if name not in per_image:
             return operand
         axis = mapped.get(name)
         whole = jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
-        return whole.reshape(size * whole.shape[1], *whole.shape[2:])
+        return whole.reshape(whole.shape[0] * whole.shape[1], *whole.shape[2:])
 
-    y = pointwise_p.bind(*map(fold, names, operands), parts=parts, **params)
-    return y.reshape(size, y.shape[0] // size if size else operands[0].shape[0], *y.shape[1:]), 0
+    y = bind(*map(fold, names, operands), parts=parts, **params)
+    return y.reshape(size, own, *y.shape[1:]), 0
 
 
 pointwise_p = Primitive("dwsconv_pointwise")
 pointwise_p.def_abstract_eval(_abstract_eval)
 pointwise_p.def_impl(jax.jit(pointwise_p.bind, static_argnames=("parts", "activation", "precision", "out_dtype")))
 ad.primitive_jvps[pointwise_p] = _jvp
-batching.primitive_batchers[pointwise_p] = _batch
+batching.primitive_batchers[pointwise_p] = functools.partial(
+    batch, pointwise_p.bind, _in_lax, {"x", "residual", "gate"}
+)
 
 
 # Lowering -------------------------------------------------------------------------------------------------------------
@@ -250,22 +259,23 @@ _MOST_PIXELS, _MOST_CHANNELS = 2**30, 2**20
 
 def fits_kernel(x, kernel) -> bool:
     """Whether the sizes of x (..., C) and kernel (C, F) are known and allowed, and the machine has our kernel."""
-    if not all(isinstance(d, int) for d in x.shape) or 0 in (*x.shape, *kernel.shape):
+    sizes = (*x.shape, *kernel.shape)
+    if not all(isinstance(d, int) for d in sizes) or 0 in sizes:
         return False
     if math.prod(x.shape[:-1]) > _MOST_PIXELS or max(kernel.shape) > _MOST_CHANNELS:
         return False
-    return _native.why_unavailable("cuda") is None and _newest_capability() >= (8, 0)
+    if _native.why_unavailable("cuda") is not None:
+        return False
+    module = _native.load("cuda")
+    return _native.oldest_code(module.device_capabilities(), module.architectures.split(",")) >= 80
 
 
 def _allows_tf32(precision) -> bool:
     """Whether a product of float32 may round its operands to TF32, as XLA does on a GPU by default."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":  # as NVIDIA's libraries take it
+        return False
     pair = precision if isinstance(precision, tuple) else (precision, precision)
     return all(p in (None, "default", "fastest", "tensorfloat32", lax.Precision.DEFAULT) for p in pair)
-
-
-def _newest_capability() -> tuple[int, int]:
-    """Of the least capable GPU here; (0, 0) where there is none, since the code may be for any."""
-    return min(_native.load("cuda").device_capabilities(), default=(0, 0))
 
 
 def _lower_for_cuda(ctx, *operands, parts, activation, precision, out_dtype):

@@ -13,6 +13,8 @@ to even. To quantise a real convolution with the scales s_x, s_kernel and s_out:
 
     scale = s_x * s_kernel / s_out,    bias = round(real bias / (s_x * s_kernel))
 
+`pointwise_conv` can add an int8 residual to these sums.
+
 There are no derivatives. For quantisation-aware training compute in floating point on values rounded to the int8 grid.
 """
 
@@ -256,6 +258,7 @@ def pointwise_conv(
 
     Raises:
       ValueError, TypeError: as `depthwise_conv2d`.
+      NotImplementedError: the derivative by the scale of an int8 result is asked for.
     """
     x, kernel = _int8_array("x", x), _int8_array("kernel", kernel)
     channels = x.shape[channel_axis]

@@ -1,6 +1,7 @@
 """Pointwise convolution of int8 arrays with requantisation: XLA's matrix product, or one kernel of ours on a GPU."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -26,12 +27,22 @@ def quantized_pointwise(x, kernel, others: dict, quantization: Quantization, cha
     operands = (x, kernel, *others.values())
     last = channel_axis in (-1, x.ndim - 1)
     if "scale" not in others or not last or _config.disabled() or not all(map(pointwise.on_no_mesh, operands)):
-        return _in_lax(*operands, channel_axis=channel_axis, **params)
-    features = kernel.shape[-1]
+        if "scale" in others:
+            others["scale"] = _without_derivative(others["scale"])
+        return _in_lax(x, kernel, *others.values(), channel_axis=channel_axis, **params)
+    pixels, features = math.prod(x.shape[:-1]), kernel.shape[-1]
     if "residual" in others:
-        others["residual"] = others["residual"].reshape(-1, features)
-    y = quantized_pointwise_p.bind(x.reshape(-1, x.shape[-1]), kernel, *others.values(), **params)
+        others["residual"] = others["residual"].reshape(pixels, features)
+    y = quantized_pointwise_p.bind(x.reshape(pixels, x.shape[-1]), kernel, *others.values(), **params)
     return y.reshape(*x.shape[:-1], features)
+
+
+@jax.custom_jvp
+def _without_derivative(scale):
+    return scale
+
+
+_without_derivative.defjvp(no_derivative)
 
 
 def _in_lax(x, kernel, *others, parts, quantization, channel_axis=-1):
@@ -53,29 +64,13 @@ def _abstract_eval(x, kernel, *others, parts, **_):
     return x.update(shape=(x.shape[0], kernel.shape[1]), dtype=np.dtype(np.int8), weak_type=False)
 
 
-def _batch(operands, axes, *, parts, **params):
-    names = ("x", "kernel", *parts)
-    mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
-    if not mapped.keys() <= {"x", "residual"}:
-        return jax.vmap(functools.partial(_in_lax, parts=parts, **params), axes)(*operands), 0
-    size = next(operands[names.index(name)].shape[axis] for name, axis in mapped.items())
-
-    def fold(name, operand):
-        if name not in ("x", "residual"):
-            return operand
-        axis = mapped.get(name)
-        whole = jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
-        return whole.reshape(-1, whole.shape[2])
-
-    y = quantized_pointwise_p.bind(*map(fold, names, operands), parts=parts, **params)
-    return y.reshape(size, -1 if size else operands[0].shape[0], y.shape[1]), 0
-
-
 quantized_pointwise_p = Primitive("dwsconv_quantized_pointwise")
 quantized_pointwise_p.def_abstract_eval(_abstract_eval)
 quantized_pointwise_p.def_impl(jax.jit(quantized_pointwise_p.bind, static_argnames=("parts", "quantization")))
 ad.primitive_jvps[quantized_pointwise_p] = no_derivative
-batching.primitive_batchers[quantized_pointwise_p] = _batch
+batching.primitive_batchers[quantized_pointwise_p] = functools.partial(
+    pointwise.batch, quantized_pointwise_p.bind, _in_lax, {"x", "residual"}
+)
 
 
 def _has_kernel(ctx) -> bool:

@@ -75,3 +75,16 @@ def test_unknown_commands_exit_with_2(arguments, capsys):
         command_line.main(arguments)
     assert exit_info.value.code == 2
     assert "info" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "architectures", "oldest"),
+    [
+        ([], ["80-real"], 0),
+        ([(9, 0)], ["80-real", "90-real", "80-virtual"], 90),
+        ([(9, 0), (8, 6)], ["80-real", "90-real", "80-virtual"], 80),
+        ([(9, 0)], ["75-real", "75-virtual"], 75),
+    ],
+)
+def test_the_oldest_code_that_runs(capabilities, architectures, oldest):
+    assert _native.oldest_code(capabilities, architectures) == oldest

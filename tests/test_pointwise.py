@@ -135,6 +135,33 @@ def test_vmap(mapped):
         np.testing.assert_allclose(np.asarray(y[i]), np.asarray(single), atol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap_over_nothing(axis):
+    x = jnp.zeros((0, 2, 3, 5, 16) if axis == 0 else (2, 0, 3, 5, 16))
+    y = jax.vmap(lambda x: jax_dwsconv.pointwise_conv2d(x, jnp.zeros((16, 8))), axis)(x)
+    assert y.shape == (0, 2, 3, 5, 8)
+
+
+def test_symbolic_features_are_exported_for_a_gpu():
+    kernel = jax.ShapeDtypeStruct(jax.export.symbolic_shape("160, f"), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 7, 7, 160), jnp.bfloat16)
+    exported = jax.export.export(jax.jit(jax_dwsconv.pointwise_conv2d), platforms=["cuda"])(x, kernel)
+    assert exported.out_avals[0].shape[:3] == (1, 7, 7)
+
+
+@pytest.mark.parametrize("precision", [["default", "default"], [jax.lax.Precision.HIGHEST] * 2])
+def test_precision_may_be_a_list(precision):
+    x, kernel, _ = operands((1, 3, 5, 16, 8), "float32")
+    y = jax.jit(functools.partial(jax_dwsconv.pointwise_conv2d, precision=precision))(x, kernel)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(x) @ np.asarray(kernel), atol=2e-2)
+
+
+def test_nvidias_override_of_tf32(monkeypatch):
+    assert pointwise._allows_tf32(None)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert not pointwise._allows_tf32(None)
+
+
 def test_a_symbolic_batch_is_exported():
     _, kernel, _ = operands(SHAPES[0], "bfloat16")
     function = jax.jit(functools.partial(jax_dwsconv.pointwise_conv2d, kernel=kernel, activation="relu"))

@@ -126,11 +126,28 @@ def test_vmap(mapped):
         np.testing.assert_array_equal(np.asarray(y[i]), expected(one.pop("x"), one.pop("kernel"), one))
 
 
-def test_no_derivative():
-    x, kernel, others = operands((4, 16), 8, residual=False)
+@pytest.mark.parametrize("sizes", [(4, 0, 8), (4, 16, 0), (0, 16, 8)], ids=str)
+def test_nothing(sizes):
+    pixels, channels, features = sizes
+    x, kernel, others = np.zeros((pixels, channels), np.int8), np.zeros((channels, features), np.int8), {}
+    others["scale"], others["bias"] = np.ones(features, np.float32), np.full(features, 7, np.int32)
+    others |= {"residual": np.ones((pixels, features), np.int8), "residual_scale": np.ones(features, np.float32)}
+    y = jax.jit(quantized.pointwise_conv)(x, kernel, **others)
+    np.testing.assert_array_equal(np.asarray(y), np.full((pixels, features), 8, np.int8))
+
+
+def test_vmap_over_nothing():
+    _, kernel, others = operands((4, 16), 8, residual=False)
+    y = jax.vmap(lambda x: quantized.pointwise_conv(x, kernel, **others))(np.zeros((0, 4, 16), np.int8))
+    assert y.shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_derivative(axis):
+    x, kernel, others = operands((16, 16), 8, residual=False)
 
     def function(scale):
-        return quantized.pointwise_conv(x, kernel, scale=scale).astype(jnp.float32).sum()
+        return quantized.pointwise_conv(x, kernel, scale=scale, channel_axis=axis).astype(jnp.float32).sum()
 
     with pytest.raises(NotImplementedError, match="no derivative"):
         jax.grad(function)(jnp.asarray(others["scale"]))

@@ -115,7 +115,7 @@ class ConvNorm(nnx.Module):
         from jax_dwsconv import pointwise_conv2d  # noqa: PLC0415
 
         kernel, bias = self.conv.kernel[...], self.conv.bias[...]
-        if kernel.shape[:2] != (1, 1):
+        if kernel.shape[:2] != (1, 1) or tuple(self.conv.strides) != (1, 1):
             x, kernel = as_pointwise(x.astype(kernel.dtype), kernel, self.conv.strides)
         return pointwise_conv2d(x, kernel, bias=bias, gate=gate, residual=residual, activation=self.activation)
 

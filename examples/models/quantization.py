@@ -119,7 +119,7 @@ def _depthwise(layer, arrays, x, results):
 
 def _dense(layer, arrays, x, results):
     kernel = arrays["kernel"]
-    if kernel.shape[:2] != (1, 1):
+    if kernel.shape[:2] != (1, 1) or layer.stride != 1:
         x, kernel = as_pointwise(x, kernel, (layer.stride,) * 2, layer.x_zero_point)
     skip = {}
     if layer.skip:
