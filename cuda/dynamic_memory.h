@@ -6,9 +6,9 @@
 
 namespace dwsconv::cuda {
 
-// Before a launch with `bytes` of it: allows the kernel all that the current device has. The limit belongs to the kernel
-// and not to a launch, so a limit of `bytes` could be in the way of a launch from another thread that needs more. For
-// kernels without static shared memory.
+// Before a launch with `bytes` of it: allows the kernel all that the current device has. The limit belongs to the
+// kernel and not to a launch, so a limit of `bytes` could be in the way of a launch from another thread that needs
+// more. For kernels without static shared memory.
 template <class Kernel>
 void AllowDynamicMemory(Kernel kernel, int bytes) {
   if (bytes <= 48 * 1024) return;
