@@ -28,14 +28,13 @@ def register(primitive: Primitive, operator: Operator, in_lax: Callable) -> None
         mlir.register_lowering(primitive, rule, platform=platform)
 
 
-def _attributes(op: str, window: Window) -> dict:
+def _of_window(window: Window) -> dict:
     return {
         "strides": np.asarray(window.strides, np.int64),
         "padding": np.asarray(window.padding, np.int64).reshape(4),
         "dilation": np.asarray(window.dilation, np.int64),
         "layout": window.layout,
         "filter_layout": window.filter_layout,
-        "since": _native.SINCE[op],
     }
 
 
@@ -81,11 +80,13 @@ def _lower(op: str, platform: str, primitive, in_lax, roles, ctx, *operands, win
     return emit(op, platform, ctx, *operands, window=window, **further)
 
 
-def emit(op: str, platform: str, ctx, *operands, window: Window, **further):
-    """The call of the native kernel, with the attributes `further` besides those that every operator has."""
+def emit(op: str, platform: str, ctx, *operands, window: Window | None = None, **further):
+    """The call of the native kernel, with the attributes `further` besides those of the window and of every one."""
+    attributes = {"since": _native.SINCE[op], **(_of_window(window) if window else {}), **further}
     if platform == "cuda" and (tile := _config.forced_tile()):
-        further["tile"] = tile
-    return _EMIT[platform, op](ctx, *operands, **_attributes(op, window), **further)
+        attributes["tile"] = tile
+    call = _with_workspace if (platform, op) == ("cuda", "grad_filter") else _plain
+    return call(op, ctx, *operands, **attributes)
 
 
 def _why_lax(platform: str, dtypes) -> str | None:
@@ -123,11 +124,11 @@ def with_empty(ctx, operands, parts, dtypes: dict):
     return ctx.replace(avals_in=avals), values
 
 
-def _emit_plain(op: str, ctx, *operands, **attributes):
+def _plain(op: str, ctx, *operands, **attributes):
     return jax.ffi.ffi_lowering(_native.TARGETS[op])(ctx, *operands, **attributes)
 
 
-def _emit_with_workspace(op: str, ctx, *operands, **attributes):
+def _with_workspace(op: str, ctx, *operands, **attributes):
     """The call returns a workspace as a second result, which is dropped here."""
     (result,) = ctx.avals_out
     workspace = result.update(shape=workspace_shape(result.shape), dtype=np.dtype(np.float32))
@@ -144,13 +145,3 @@ def workspace_shape(filter_shape) -> tuple:
     elements = math.prod(filter_shape)
     splits = max(8, min(1024, 2**22 // max(1, elements))) if isinstance(elements, int) else 32
     return (splits, elements)
-
-
-_EMIT = {
-    **{("cpu", op): functools.partial(_emit_plain, op) for op in _native.TARGETS},
-    ("cuda", "forward"): functools.partial(_emit_plain, "forward"),
-    ("cuda", "fused_forward"): functools.partial(_emit_plain, "fused_forward"),
-    ("cuda", "grad_input"): functools.partial(_emit_plain, "grad_input"),
-    ("cuda", "quantized_forward"): functools.partial(_emit_plain, "quantized_forward"),
-    ("cuda", "grad_filter"): functools.partial(_emit_with_workspace, "grad_filter"),
-}

@@ -284,10 +284,7 @@ def _lower_for_cuda(ctx, *operands, parts, activation, precision, out_dtype):
         return mlir.lower_fun(functools.partial(_in_lax, **params), multiple_results=False)(ctx, *operands)
     dtypes = {part: np.dtype(np.float32) if part in ("scale", "bias") else out_dtype for part in PARTS}
     ctx, operands = lowering.with_empty(ctx, operands, parts, dtypes)
-    attributes = {"activation": activation or "none", "since": _native.SINCE["pointwise"]}
-    if tile := _config.forced_tile():
-        attributes["tile"] = tile
-    return jax.ffi.ffi_lowering(_native.TARGETS["pointwise"])(ctx, *operands, **attributes)
+    return lowering.emit("pointwise", "cuda", ctx, *operands, activation=activation or "none")
 
 
 mlir.register_lowering(pointwise_p, mlir.lower_fun(_in_lax, multiple_results=False))

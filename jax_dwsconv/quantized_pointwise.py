@@ -9,7 +9,7 @@ from jax import lax, numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_dwsconv import _config, _native, lowering, pointwise, reference
+from jax_dwsconv import _config, lowering, pointwise, reference
 from jax_dwsconv.quantized_primitive import Quantization, no_derivative
 
 PARTS = ("scale", "bias", "residual", "residual_scale")
@@ -86,13 +86,7 @@ def _lower_for_cuda(ctx, *operands, parts, quantization):
         return mlir.lower_fun(in_lax, multiple_results=False)(ctx, *operands)
     dtypes = {"scale": np.float32, "bias": np.int32, "residual": np.int8, "residual_scale": np.float32}
     ctx, operands = lowering.with_empty(ctx, operands, parts, dtypes)
-    attributes = {
-        "quantization": np.asarray(quantization, np.int64),
-        "since": _native.SINCE["quantized_pointwise"],
-    }
-    if tile := _config.forced_tile():
-        attributes["tile"] = tile
-    return jax.ffi.ffi_lowering(_native.TARGETS["quantized_pointwise"])(ctx, *operands, **attributes)
+    return lowering.emit("quantized_pointwise", "cuda", ctx, *operands, quantization=np.asarray(quantization, np.int64))
 
 
 mlir.register_lowering(quantized_pointwise_p, mlir.lower_fun(_in_lax, multiple_results=False))
